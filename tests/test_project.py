@@ -1,0 +1,281 @@
+"The project holds together: notebooks, modules, README and package say the same thing."
+import ast, importlib.util, json, os, re, shutil, subprocess, sys, zipfile
+from configparser import ConfigParser
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if not p.name.startswith('.'))
+LIB = ROOT/'ala_nb'
+MODULES = sorted(p.stem for p in LIB.glob('*.py') if not p.name.startswith('_'))
+cfg = ConfigParser(delimiters=['=']); cfg.read(ROOT/'settings.ini', encoding='utf-8'); cfg = cfg['DEFAULT']
+
+def notebook(path): return json.loads(path.read_text(encoding='utf-8'))
+def code_cells(path): return [(''.join(c['source']), c['outputs']) for c in notebook(path)['cells'] if c['cell_type'] == 'code']
+def flags(src): return {line.split('|', 1)[1].split()[0].rstrip(':') for line in src.splitlines() if re.match(r'#\s*\|\s*\w', line)}
+def is_export(src): return bool(flags(src) & {'export', 'exports', 'exporti'})
+def exports_module(path): return any('default_exp' in flags(src) for src, _ in code_cells(path))
+def number(path): return int(m[1]) if (m := re.match(r'(\d+)_', path.stem)) else None
+
+def clean_env(**extra):
+    "The environment without what would change how a child process imports or exports."
+    return {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'PYTHONPATH', 'PYTHONSTARTUP')} | extra
+
+def python(code, cwd, **extra):
+    "Runs `code` in a new interpreter, returns what it printed."
+    run = subprocess.run([sys.executable, '-c', code], cwd=cwd, env=clean_env(**extra), capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+def copy_project(to):
+    "The files that a clone has, without what tools leave in the working tree."
+    ignore = shutil.ignore_patterns('.git', '.venv*', 'venv', 'env', 'build', 'dist', 'runs', 'out', '*.egg-info', '__pycache__',
+                                    '.ipynb_checkpoints', '.pytest_cache', '.hypothesis', '*.npz')
+    shutil.copytree(ROOT, to, ignore=ignore)
+    return to
+
+def differences(here, there):
+    "Files by name and content."
+    a, b = ({p.relative_to(d).as_posix(): p.read_bytes() for p in d.rglob('*') if p.suffix in ('.py', '.ipynb')
+             and '__pycache__' not in p.parts and '.ipynb_checkpoints' not in p.parts} for d in (here, there))
+    return sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k))
+
+
+# ---- notebooks and what is made from them
+
+@pytest.fixture(scope='module')
+def made_anew(tmp_path_factory):
+    "A copy in which nbdev has exported all modules and cleaned all notebooks."
+    to = copy_project(tmp_path_factory.mktemp('export')/'ala_nb')
+    for p in (to/'ala_nb').glob('*.py'):
+        if p.name != '__init__.py': p.unlink()
+    python('from nbdev.doclinks import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()', to)
+    return to
+
+def test_modules_are_what_the_notebooks_export(made_anew):
+    assert not differences(LIB, made_anew/'ala_nb'), 'run nbdev_export'
+
+def test_notebooks_are_clean(made_anew):
+    assert not differences(ROOT/'nbs', made_anew/'nbs'), 'run nbdev_clean'
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT/'scripts'/f'{name}.py')
+    spec.loader.exec_module(mod := importlib.util.module_from_spec(spec))
+    return mod
+
+def test_readme_is_made_from_the_index():
+    want = load_script('readme').readme(ROOT/'nbs'/'index.ipynb')
+    assert (ROOT/'README.md').read_text(encoding='utf-8') == want, 'run python scripts/readme.py'
+
+def test_readme_script_keeps_links_and_hides_cells(tmp_path):
+    md = lambda s: dict(cell_type='markdown', id='a', metadata={}, source=s)
+    code = lambda s: dict(cell_type='code', id=f'c{len(s)}', metadata={}, source=s, execution_count=None, outputs=[])
+    nb = dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[
+        md('# T\n\n[a](00_a.ipynb) [b](https://b) ![c](images/c.png) [d](../tests/x.py) [e](#e)\n\n<img src="images/f.png">'),
+        code('#| hide\nsecret()'), code('#| eval: true\nshown()')])
+    (p := tmp_path/'index.ipynb').write_text(json.dumps(nb), encoding='utf-8')
+    got = load_script('readme').readme(p)
+    for want in ('[a](nbs/00_a.ipynb)', '[b](https://b)', '![c](nbs/images/c.png)', '[d](tests/x.py)', '[e](#e)', 'src="nbs/images/f.png"', 'shown()'):
+        assert want in got
+    assert 'secret' not in got and '#|' not in got
+
+@pytest.mark.parametrize('path', NBS, ids=lambda p: p.stem)
+def test_notebook_is_executed_and_small(path):
+    nb = notebook(path)
+    assert nb['metadata'].get('kernelspec', {}).get('language', 'python') == 'python'  # nbdev_test passes over other languages
+    assert path.stat().st_size < 1.5e6, f'{path.stat().st_size/1e6:.1f} MB'
+    outputs = [o for _, cell_outputs in code_cells(path) for o in cell_outputs]
+    assert not [o for o in outputs if o['output_type'] == 'error']
+    if code_cells(path): assert outputs, 'never executed'
+    if exports_module(path):
+        assert any(k.startswith('image/') for o in outputs for k in o.get('data', {})), 'no picture'
+
+@pytest.mark.parametrize('path', NBS, ids=lambda p: p.stem)
+def test_nothing_of_a_notebook_is_skipped_silently(path):
+    nb = notebook(path)
+    assert not re.search(r'^\s*skip_(exec|showdoc)\s*:\s*true', ''.join(nb['cells'][0]['source']), re.M | re.I)
+    for src, _ in code_cells(path):
+        assert 'eval' not in flags(src), f'use `#| slow` or `#| cuda`, which can be asked for:\n{src}'
+        unknown = flags(src) - {'default_exp', 'export', 'exports', 'exporti', 'hide', 'hide_input', 'hide_output', 'echo', 'output', 'label',
+                                'code-fold', 'code-summary', 'fig-cap', 'fig-alt', 'warning', 'column', *cfg['tst_flags'].split()}
+        assert not unknown, f'misspelt directive {unknown}'
+    assert not (path.parent/'.notest').exists() and not path.name.startswith('_')
+
+is_test = re.compile(r'^\s*(assert\b|test_\w+\(|with expect_fail|ExceptionExpected)', re.M)
+EXPORTING = [p for p in NBS if exports_module(p)]
+
+@pytest.fixture(scope='module')
+def reached():
+    "Names of functions and classes that the notebooks' other cells and the test files use, and those that these use in turn."
+    words = lambda text: set(re.findall(r'\w+', text))
+    bodies = {}
+    for path in LIB.glob('*.py'):
+        for node in ast.parse(path.read_text(encoding='utf-8')).body:
+            name = getattr(node, 'name', None)
+            if name: bodies.setdefault(name, set()).update(words(ast.unparse(node)))
+    todo = words('\n'.join(src for p in NBS for src, _ in code_cells(p) if not is_export(src)))
+    for path in (ROOT/'tests').glob('test_*.py'): todo |= words(path.read_text(encoding='utf-8')) if path.name != Path(__file__).name else set()
+    found = set()
+    while todo:
+        found |= todo
+        todo = set().union(*(bodies.get(name, set()) for name in todo)) - found
+    return found
+
+@pytest.mark.parametrize('path', EXPORTING, ids=lambda p: p.stem)
+def test_exported_names_are_tested(path, reached):
+    "A notebook has tests, and each function and class that it exports is reached by a test of the project."
+    cells = [src for src, _ in code_cells(path)]
+    assert any(is_test.search(src) for src in cells if not is_export(src)), 'no test'
+    defined = [node.name for src in cells if flags(src) & {'export', 'exports'} for node in ast.parse(re.sub(r'^[%!].*$', '', src, flags=re.M)).body
+               if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_')]
+    assert not [n for n in defined if n not in reached]
+
+@pytest.mark.parametrize('path', EXPORTING, ids=lambda p: p.stem)
+def test_exported_cells_are_short(path):
+    "A cell that needs scrolling is two cells; imports stand in a cell of their own."
+    for src, _ in code_cells(path):
+        if not is_export(src): continue
+        assert src.count('\n') < 100, src[:200]
+        kinds = {isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(src).body
+                 if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))}
+        assert kinds != {True, False}, f'imports and code in one cell:\n{src[:200]}'
+
+machine_path = re.compile(r'(?<![\w.:/~])/(?:home|root|tmp|mnt|work|Users|private|var/folders)/|site-packages/|\.\./shared/|\bshared/(?:design|golden|data|papers|research)\b')
+
+def texts():
+    "Every text that goes into the repository, notebooks without their pictures."
+    for path in NBS:
+        nb = notebook(path)
+        for i, c in enumerate(nb['cells']):
+            yield f'{path.name} cell {i}', ''.join(c['source'])
+            for o in c.get('outputs', []):
+                yield f'{path.name} cell {i} output', ''.join(o.get('text', []))
+                for k, v in o.get('data', {}).items():
+                    if k.startswith('text/'): yield f'{path.name} cell {i} output', re.sub(r'base64,[A-Za-z0-9+/=\s\\]+', '', ''.join(v))
+    for pattern in ('*.md', '*.ini', '*.py', '*.toml', '*.in', 'Makefile', '.ci/*', '.github/workflows/*', 'scripts/*.py', 'ala_nb/*.py', 'tests/**/*.py', 'tests/**/*.md'):
+        for path in ROOT.glob(pattern):
+            if path.is_file() and path != Path(__file__): yield path.relative_to(ROOT).as_posix(), path.read_text(encoding='utf-8')
+
+def test_no_path_of_a_machine():
+    found = [f'{where}: {m[0]!r} in {text[max(0, m.start()-40):m.end()+40]!r}' for where, text in texts() for m in [machine_path.search(text)] if m]
+    assert not found, '\n'.join(found)
+
+
+# ---- modules
+
+def edits(module):
+    "The notebook that a module is made from."
+    return Path(re.search(r'File to edit: (\S+\.ipynb)', (LIB/f'{module}.py').read_text(encoding='utf-8'))[1])
+
+def imports(tree, inside=False):
+    "(module of this package, is it inside a function?) of every import under this node."
+    for node in ast.iter_child_nodes(tree):
+        lazy = inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        if isinstance(node, ast.ImportFrom):
+            name = '.'.join(filter(None, ['ala_nb' if node.level else '', node.module]))
+            full = [name] if name != 'ala_nb' else [f'ala_nb.{a.name}' for a in node.names]
+            yield from ((f.split('.')[1], lazy) for f in full if f.startswith('ala_nb.'))
+        elif isinstance(node, ast.Import):
+            yield from ((a.name.split('.')[1], lazy) for a in node.names if a.name.startswith('ala_nb.'))
+        else: yield from imports(node, lazy)
+
+METHODS = {'fcos', 'ciou_atss', 'autoassign', 'dw', 'o2f', 'ala'}
+
+@pytest.mark.parametrize('module', MODULES)
+def test_imports_run_downhill(module):
+    assert (LIB/edits(module)).resolve().exists()
+    for other, lazy in imports(ast.parse((LIB/f'{module}.py').read_text(encoding='utf-8'))):
+        if not (LIB/f'{other}.py').exists(): continue  # __version__ and the like
+        if (module, other) == ('train', 'show'): assert lazy, 'train imports show only where it draws'
+        else: assert number(edits(other)) < number(edits(module)), f'{module} imports {other}'
+        assert not {module, other} <= METHODS, f'a method imports no other method: {module}, {other}'
+
+BLOCK = '''
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in BLOCKED: raise ModuleNotFoundError(f'{name} is blocked', name=name)
+sys.meta_path.insert(0, Block())
+'''
+DEV_ONLY = ['nbdev', 'execnb', 'fastgit', 'ghapi', 'IPython', 'ipywidgets', 'ipykernel', 'jupyter_client', 'jupyter_core', 'jupyterlab', 'notebook',
+            'nbformat', 'nbclient', 'nbconvert', 'traitlets', 'pytest', 'hypothesis', 'setuptools', 'pkg_resources']
+LAZY = ['matplotlib', 'pycocotools', 'faster_coco_eval', 'scipy']
+
+def import_all(modules): return '\n'.join(f'import ala_nb.{m}' for m in modules)
+
+def test_modules_import_without_notebook_tools_and_lazily():
+    "Neither nbdev nor Jupyter is needed at run time, and importing costs no more than torch: what only some calls need is imported by them."
+    modules = [m for m in MODULES if m != 'show']
+    code = f'BLOCKED = {DEV_ONLY+LAZY}{BLOCK}{import_all(modules)}\n'
+    python(code, ROOT)
+    if 'show' in MODULES: python(f'BLOCKED = {DEV_ONLY}{BLOCK}import ala_nb.show\n', ROOT)
+
+def test_version():
+    assert f'__version__ = "{cfg["version"]}"' in (LIB/'__init__.py').read_text(encoding='utf-8')
+
+
+# ---- package
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "A wheel built from the source distribution, so that both are known to be complete. Not isolated: that would need a package index."
+    tmp = tmp_path_factory.mktemp('wheel')
+    src = copy_project(tmp/'src')
+    build = 'import setuptools.build_meta as b, sys; print(b.build_{}(sys.argv[1] if len(sys.argv) > 1 else {!r}))'
+    sdist = python(build.format('sdist', str(tmp)), src).split()[-1]
+    shutil.unpack_archive(tmp/sdist, tmp/'unpacked')
+    (unpacked,) = (tmp/'unpacked').iterdir()
+    return tmp/python(build.format('wheel', str(tmp)), unpacked).split()[-1]
+
+def test_wheel_holds_every_module(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f'ala_nb/{m}.py' for m in MODULES} | {'ala_nb/__init__.py', 'ala_nb/_modidx.py', 'ala_nb/py.typed'} <= names
+    assert all(n.startswith(('ala_nb/', 'ala_nb-')) for n in names) and any(n.endswith('LICENSE') for n in names)
+
+def test_wheel_metadata(wheel):
+    z = zipfile.ZipFile(wheel)
+    (meta,) = [z.read(n).decode() for n in z.namelist() if n.endswith('.dist-info/METADATA')]
+    needed = [line.split(': ', 1)[1] for line in meta.splitlines() if line.startswith('Requires-Dist') and 'extra ==' not in line]
+    assert {re.match(r'[\w-]+', r)[0] for r in needed} == {re.match(r'[\w-]+', r)[0] for r in cfg['requirements'].split()}
+    assert not {re.match(r'[\w-]+', r)[0] for r in needed} & {'nbdev', 'jupyterlab', 'ipywidgets'}
+    for line in (f'Version: {cfg["version"]}', f'Requires-Python: >={cfg["min_python"]}', 'Provides-Extra: dev', 'Provides-Extra: notebooks'):
+        assert line in meta.splitlines()
+
+def test_wheel_imports_by_itself(wheel, tmp_path):
+    "Unpacked elsewhere, it finds all of itself."
+    zipfile.ZipFile(wheel).extractall(tmp_path/'site')
+    check = f'import ala_nb, pathlib; assert pathlib.Path(ala_nb.__file__).is_relative_to({str(tmp_path)!r}), ala_nb.__file__\n'
+    python(f'BLOCKED = {DEV_ONLY}{BLOCK}{check}{import_all(MODULES)}', tmp_path, PYTHONPATH=str(tmp_path/'site'))
+
+
+# ---- README and CI
+
+def commands(): return re.findall(r'^```sh\n(.*?)^```', (ROOT/'README.md').read_text(encoding='utf-8'), re.M | re.S)
+
+def test_readme_begins_with_the_two_commands():
+    first, second = commands()[:2]
+    assert 'venv' in first and 'pip install .' in first and 'ala_nb.train' in first
+    assert 'venv' in second and "'.[dev]'" in second and 'nbdev_test' in second and 'pytest' in second
+    assert (ROOT/'README.md').read_text(encoding='utf-8').index(second) < 1500
+
+def test_ci_runs_the_readme_command(tmp_path):
+    "`.ci/run` takes its command from README.md: with another README it runs another command."
+    if not shutil.which('bash'): pytest.skip('no bash')
+    (tmp_path/'.ci').mkdir(); shutil.copy(ROOT/'.ci'/'run', tmp_path/'.ci')
+    (tmp_path/'README.md').write_text('```sh\nfalse\n```\n\n```sh\necho "nbdev_test then pytest in $VENV"\ntest ! -e "$VENV"\nmkdir "$VENV"\n```\n', encoding='utf-8')
+    ci = lambda: subprocess.run(['bash', '.ci/run'], cwd=tmp_path, env=clean_env(), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    run = ci()
+    assert run.returncode == 0, run.stderr
+    venv = run.stdout.split()[-1]
+    assert venv.endswith('/venv') and not Path(venv).parent.exists()  # removed afterwards
+    (tmp_path/'README.md').write_text('```sh\nfalse\n```\n\n```sh\nfalse && nbdev_test && pytest\n```\n', encoding='utf-8')
+    assert ci().returncode != 0
+    (tmp_path/'README.md').write_text('```sh\ntrue\n```\n', encoding='utf-8')
+    assert ci().returncode == 2
+    assert os.access(ROOT/'.ci'/'run', os.X_OK)
+
+def test_readme_links_lead_somewhere():
+    text = (ROOT/'README.md').read_text(encoding='utf-8')
+    links = set(re.findall(r'\]\(([^)#\s]+)', text)) | set(re.findall(r'src="([^"]+)"', text))
+    assert not sorted(l for l in links if not re.match(r'https?:', l) and not (ROOT/l).exists())
+    assert not [p.name for p in NBS if p.stem != 'index' and f'(nbs/{p.name})' not in text], 'a notebook is missing from the table'
