@@ -1,0 +1,283 @@
+"COCO's numbers are pycocotools'; VOC's and CrowdHuman's are those of slow, literal versions of their benchmarks."
+import builtins, contextlib, importlib.util, io, itertools, json, math
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from ala_nb.geometry import InputError
+from ala_nb import evaluate as E
+
+KEYS = 'AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl'.split()
+
+# ---- data
+
+@st.composite
+def data_sets(draw, classes=3, crowd=True, grid=True, images=5):
+    "A COCO dictionary and results: empty images, crowds, duplicates, one-pixel and touching boxes, tied scores."
+    g = np.random.default_rng(draw(st.integers(0, 10**6)))
+    n_images, n_objects, n_found = draw(st.integers(1, images)), draw(st.integers(0, 6)), draw(st.integers(0, 12))
+    ids = sorted(g.choice(1000, n_images, replace=False).tolist()); cats = (np.arange(classes)*7+3).tolist()
+    def box():
+        wh = np.exp(g.uniform(0, np.log(150), 2)); xy = g.uniform(0, 200, 2)
+        return np.round(np.r_[xy, wh], draw(st.sampled_from([0, 1, 6]))).tolist()
+    truth, found = [], []
+    for i in ids:
+        mine = [(box(), int(g.choice(cats))) for _ in range(g.integers(0, n_objects+1))]
+        truth += [dict(id=len(truth)+k+1, image_id=i, category_id=c, bbox=b, area=float(b[2]*b[3]*g.choice([1, .6])), iscrowd=int(crowd and g.random() < .25))
+                  for k, (b, c) in enumerate(mine)]
+        for _ in range(g.integers(0, n_found+1)):
+            b, c = mine[g.integers(len(mine))] if mine and g.random() < .75 else (box(), int(g.choice(cats)))
+            b = (np.array(b) + g.normal(0, 1, 4)*g.choice([0, .05, .2])*np.array([b[2], b[3], b[2], b[3]])).tolist(); b[2:] = [max(v, 0) for v in b[2:]]
+            found.append(dict(image_id=i, category_id=c, bbox=b, score=round(float(g.random()), 1 if grid else 8)))
+    g.shuffle(found)
+    return dict(images=[dict(id=i, width=240, height=260) for i in ids], annotations=truth, categories=[dict(id=c, name=f'c{c}') for c in cats]), found
+
+def by_pycocotools(truth, found):
+    "pycocotools used as its documentation says: twelve numbers and precision, or None where it cannot load an empty list."
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt = COCO(); gt.dataset = json.loads(json.dumps({'info': {}, **truth})); gt.createIndex()
+        if not found: return None
+        e = COCOeval(gt, gt.loadRes(json.loads(json.dumps(found))), 'bbox'); e.evaluate(); e.accumulate(); e.summarize()
+    return e.stats, e.eval['precision']
+
+def xyxy(b): return b[0], b[1], b[0]+b[2], b[1]+b[3]
+def inter(a, b):
+    a, b = xyxy(a), xyxy(b)
+    return max(0, min(a[2], b[2])-max(a[0], b[0]))*max(0, min(a[3], b[3])-max(a[1], b[1]))
+def iou(a, b):
+    i = inter(a, b); u = a[2]*a[3]+b[2]*b[3]-i
+    return i/u if i > 0 else 0.
+def ioa(a, b): return inter(a, b)/(a[2]*a[3]) if inter(a, b) > 0 else 0.
+
+# ---- COCO
+
+@given(data_sets())
+@settings(max_examples=60, deadline=None)
+def test_coco_equals_pycocotools_called_directly(data):
+    truth, found = data
+    ours = {b: E.evaluate_coco(truth, found, backend=b) for b in ('faster', 'pycocotools')}
+    direct = by_pycocotools(truth, found)
+    if direct is not None:
+        stats, precision = direct
+        assert [ours['pycocotools'][k] for k in KEYS] == stats.tolist()                         # to the last bit
+        np.testing.assert_allclose([ours['faster'][k] for k in KEYS], stats, rtol=0, atol=1e-12)
+        for k, c in enumerate(truth['categories']):
+            for key, p in (('AP', precision[:, :, k, 0, -1]), ('AP50', precision[0, :, k, 0, -1])):
+                want = p[p > -1].mean() if (p > -1).any() else -1
+                for m in ours.values(): assert m['per_class'][c['name']][key] == pytest.approx(want, abs=1e-12)
+    for k in KEYS: assert ours['faster'][k] == pytest.approx(ours['pycocotools'][k], abs=1e-12)
+
+@given(data_sets(crowd=False))
+@settings(max_examples=20, deadline=None)
+def test_perfect_is_one_and_empty_is_zero(data):
+    truth, _ = data
+    perfect = [dict(image_id=a['image_id'], category_id=a['category_id'], bbox=a['bbox'], score=.5) for a in truth['annotations']]
+    for backend in ('faster', 'pycocotools'):
+        one, zero = E.evaluate_coco(truth, perfect, backend), E.evaluate_coco(truth, [], backend)
+        for k in KEYS:
+            defined = zero[k] != -1
+            assert zero[k] == (0 if defined else -1)
+            if defined and k not in ('AR1', 'AR10'): assert one[k] == pytest.approx(1, abs=1e-12)
+        assert (zero['AP'] == 0) == bool(truth['annotations'])
+
+def two_objects(**more):
+    ann = [dict(id=i, image_id=4, category_id=9, bbox=[60*i, 0, 40, 40], area=1600, iscrowd=0, **more) for i in range(2)]
+    return dict(images=[dict(id=4, width=200, height=100)], annotations=ann, categories=[dict(id=9, name='cell')])
+
+@pytest.mark.parametrize('backend', ['faster', 'pycocotools'])
+def test_annotation_ids_from_zero_and_missing_fields(backend):
+    truth = two_objects(); found = [dict(image_id=4, category_id=9, bbox=a['bbox'], score=.9) for a in truth['annotations']]
+    assert E.evaluate_coco(truth, found, backend)['AP'] == pytest.approx(1)                     # pycocotools alone takes id 0 for "no match"
+    for a in truth['annotations']: del a['id'], a['area'], a['iscrowd']
+    assert E.evaluate_coco(truth, found, backend)['AP'] == pytest.approx(1)
+
+@pytest.mark.parametrize('backend', ['faster', 'pycocotools'])
+def test_crowd_takes_any_number_of_detections(backend):
+    truth = two_objects(); truth['annotations'][0].update(iscrowd=1, bbox=[0, 0, 50, 50], id=7)
+    inside = [dict(image_id=4, category_id=9, bbox=[2*i, 2, 12, 12], score=.9) for i in range(6)]
+    hit = dict(image_id=4, category_id=9, bbox=[60, 0, 40, 40], score=.5)
+    assert E.evaluate_coco(truth, inside+[hit], backend)['AP'] == pytest.approx(1)
+    outside = dict(image_id=4, category_id=9, bbox=[100, 50, 12, 12], score=.9)
+    assert E.evaluate_coco(truth, [outside, hit], backend)['AP'] == pytest.approx(.5)
+
+@pytest.mark.parametrize('backend', ['faster', 'pycocotools'])
+def test_more_detections_an_image_for_crowds(backend):
+    ann = [dict(id=i+1, image_id=1, category_id=1, bbox=[12*(i % 20), 12*(i//20), 10, 10], area=100, iscrowd=0) for i in range(160)]
+    truth = dict(images=[dict(id=1, width=300, height=300)], annotations=ann, categories=[dict(id=1, name='a')])
+    found = [dict(image_id=1, category_id=1, bbox=a['bbox'], score=.5) for a in ann]
+    assert E.evaluate_coco(truth, found, backend)['AR100'] == pytest.approx(100/160)
+    m = E.evaluate_coco(truth, found, backend, max_dets=(10, 300))
+    assert m['AP'] == pytest.approx(1) and m['AR300'] == pytest.approx(1) and 'AR100' not in m
+    assert '300 boxes' in E.coco_table(m)
+
+def test_arguments_stay_as_they_are_and_nothing_is_printed(capfd):
+    truth = two_objects(); found = [dict(image_id=4, category_id=9, bbox=[0, 0, 40, 40], score=.9)]
+    before = json.dumps([truth, found])
+    for backend in ('faster', 'pycocotools'): E.evaluate_coco(truth, found, backend)
+    E.evaluate_voc(truth, found); E.evaluate_crowdhuman(truth, found)
+    out = capfd.readouterr()
+    assert json.dumps([truth, found]) == before and out.out == out.err == ''
+
+def test_pycocotools_where_the_fast_one_is_missing(monkeypatch):
+    truth = two_objects(); found = [dict(image_id=4, category_id=9, bbox=[0, 0, 40, 40], score=.9)]
+    want = E.evaluate_coco(truth, found, 'pycocotools')
+    real, spec = builtins.__import__, importlib.util.find_spec
+    def no_fast(name, *a, **k):
+        if name.startswith('faster_coco_eval'): raise ImportError(name)
+        return real(name, *a, **k)
+    monkeypatch.setattr(builtins, '__import__', no_fast)
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *a: None if name == 'faster_coco_eval' else spec(name, *a))
+    assert E.evaluate_coco(truth, found) == want
+
+@pytest.mark.parametrize('change, says', [
+    (dict(image_id=5), 'image_id 5'), (dict(category_id=1), 'category_id 1'), (dict(score=math.nan), 'finite'), (dict(bbox=[0, 0, math.inf, 1]), 'finite')])
+def test_results_that_do_not_belong(change, says):
+    bad = dict(image_id=4, category_id=9, bbox=[0, 0, 1, 1], score=.5) | change
+    for f in (E.evaluate_coco, E.evaluate_voc, E.evaluate_crowdhuman):
+        with pytest.raises(InputError, match=says) as e: f(two_objects(), [bad])
+        assert '\n' not in str(e.value)
+
+def test_empty_ground_truth():
+    for truth in (dict(images=[], annotations=[], categories=[dict(id=1, name='a')]), dict(images=[dict(id=1, width=9, height=9)], annotations=[], categories=[])):
+        with pytest.raises(InputError, match='no images or no categories'): E.evaluate_coco(truth, [])
+    truth = dict(images=[dict(id=1, width=9, height=9)], annotations=[], categories=[dict(id=1, name='a')])
+    m = E.evaluate_coco(truth, [dict(image_id=1, category_id=1, bbox=[0, 0, 1, 1], score=.5)])
+    assert m['AP'] == m['per_class']['a']['AP'] == -1 and 'no object' in E.coco_table(m)
+    assert E.evaluate_voc(truth, [])['mAP'] == -1
+    with pytest.raises(InputError, match='no object'): E.evaluate_crowdhuman(truth, [])
+
+def test_classes_of_one_name_both_stand_in_the_table():
+    truth = two_objects(); truth['categories'].append(dict(id=10, name='cell'))
+    assert list(E.evaluate_coco(truth, [])['per_class']) == ['cell (9)', 'cell (10)']
+
+def test_results_from_outputs():
+    outs = [dict(boxes=torch.tensor([[1., 2, 11, 32], [0, 0, 1, 1]], requires_grad=True), labels=torch.tensor([2, 0]), scores=torch.tensor([.25, .5])),
+            dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), scores=torch.zeros(0))]
+    want = [dict(image_id=5, category_id=30, bbox=[1., 2., 10., 30.], score=.25), dict(image_id=5, category_id=10, bbox=[0., 0., 1., 1.], score=.5)]
+    for ids in ([10, 20, 30], {0: 10, 1: 20, 2: 30}): assert E.coco_results(outs, torch.tensor([5, 6]), ids) == want
+    json.dumps(E.coco_results(outs, np.array([5, 6]), [10, 20, 30]))
+    with pytest.raises(ValueError): E.coco_results(outs, [5], [10, 20, 30])
+
+# ---- precision, recall, average precision
+
+@given(st.lists(st.booleans(), max_size=30), st.integers(0, 10), st.sampled_from([11, 101, None]))
+@settings(max_examples=150, deadline=None)
+def test_average_precision_from_its_definition(hits, missed, points):
+    n = sum(hits)+missed
+    if not n: return
+    p, r = E.precision_recall(np.array(hits, int), n)
+    for k in range(len(hits)): assert p[k] == pytest.approx(sum(hits[:k+1])/(k+1)) and r[k] == pytest.approx(sum(hits[:k+1])/n)
+    best = lambda t: max((p[k] for k in range(len(hits)) if r[k] >= t), default=0.)
+    if points: want = sum(best(t) for t in np.linspace(0, 1, points))/points
+    else: want = sum(best(k/n - 1e-9) for k in range(1, n+1))/n                                 # the envelope is flat between k-1 and k found
+    assert E.average_precision(p, r, points) == pytest.approx(want, abs=1e-9)
+
+def slow_verdicts(truth, found, category, thr, rule):
+    "One verdict (1, 0, None) for each detection by falling score, literally as the benchmarks' text has it; and the number of objects."
+    out, boxes = [], {}
+    for a in truth['annotations']:
+        if a['category_id'] == category: boxes.setdefault(a['image_id'], []).append([a['bbox'], a['iscrowd'], False])
+    for image in truth['images']:
+        mine = sorted((r for r in found if r['image_id'] == image['id'] and r['category_id'] == category), key=lambda r: -r['score'])
+        for r in mine:
+            regions, verdict = boxes.get(image['id'], []), 0
+            if rule == 'voc':
+                best = max(regions, key=lambda g: iou(r['bbox'], g[0]), default=None)
+                if best and iou(r['bbox'], best[0]) >= thr:
+                    verdict = None if best[1] else int(not best[2])
+                    best[2] = True
+            else:
+                free = [g for g in regions if not g[1] and not g[2] and iou(r['bbox'], g[0]) > thr]
+                if free: best = max(free, key=lambda g: iou(r['bbox'], g[0])); best[2] = True; verdict = 1
+                elif any(g[1] and ioa(r['bbox'], g[0]) > thr for g in regions): verdict = None
+            out.append((r['score'], verdict))
+    out = [v for _, v in sorted(out, key=lambda x: -x[0]) if v is not None]
+    return out, sum(not g[1] for gs in boxes.values() for g in gs)
+
+@given(data_sets(classes=2, grid=False), st.sampled_from([11, None]), st.sampled_from([.3, .5, .7]))
+@settings(max_examples=60, deadline=None)
+def test_voc_against_the_rule_read_aloud(data, points, thr):
+    truth, found = data; got = E.evaluate_voc(truth, found, thr, points); aps = []
+    for c in truth['categories']:
+        hits, n = slow_verdicts(truth, found, c['id'], thr, 'voc')
+        if not n: assert got['per_class'][c['name']] == -1; continue
+        tp, curve = 0, []
+        for k, h in enumerate(hits): tp += h; curve.append((tp/n, tp/(k+1)))
+        best = lambda t: max((p for r, p in curve if r >= t), default=0.)
+        aps.append(sum(best(t) for t in np.linspace(0, 1, 11))/11 if points else sum(best(k/n-1e-9) for k in range(1, n+1))/n)
+        assert got['per_class'][c['name']] == pytest.approx(aps[-1], abs=1e-9)
+    assert got['mAP'] == pytest.approx(np.mean(aps) if aps else -1)
+
+def test_voc_difficult_and_duplicates():
+    truth = two_objects(); a, b = truth['annotations']; a['difficult'] = 1
+    at = lambda x, s: dict(image_id=4, category_id=9, bbox=[x, 0, 40, 40], score=s)
+    assert E.evaluate_voc(truth, [at(0, .9), at(1, .8), at(60, .5)])['mAP'] == 1                # both boxes on the difficult one drop out
+    assert E.evaluate_voc(truth, [at(60, .9), at(61, .8)])['mAP'] == 1
+    del a['difficult']
+    assert E.evaluate_voc(truth, [at(0, .9), at(1, .8), at(60, .5)])['mAP'] == pytest.approx((1+2/3)/2)
+    a['ignore'] = 1
+    assert E.evaluate_voc(truth, [at(0, .9), at(1, .8), at(60, .5)])['mAP'] == 1
+
+# ---- CrowdHuman
+
+def cut(box, w, h):
+    "Boxes cut to the image as CrowdHuman's benchmark cuts them."
+    x1, y1, x2, y2 = xyxy(box)
+    x1, y1, x2, y2 = min(max(x1, 0), w-1), min(max(y1, 0), h-1), max(min(x2, w), 0), max(min(y2, h), 0)
+    return [x1, y1, max(x2-x1, 0), max(y2-y1, 0)]
+
+def slow_crowdhuman(truth, found):
+    clip = lambda rows: [r | dict(bbox=cut(r['bbox'], 240, 260)) for r in rows]
+    truth, found = truth | dict(annotations=clip(truth['annotations'])), clip(found)
+    hits, n = slow_verdicts(truth, found, truth['categories'][0]['id'], .5, 'caltech')
+    if not n: return None
+    points, tp, fp = [], 0, 0
+    for h in hits: tp += h; fp += 1-h; points.append((tp/n, tp/(tp+fp), fp/len(truth['images'])))
+    ap = points[0][0]*points[0][1] if points else 0.                                            # we begin at recall 0
+    for (r0, p0, _), (r1, p1, _) in zip(points, points[1:]): ap += (r1-r0)*(p0+p1)/2
+    logs = []
+    for ref in (.01, .0178, .0316, .0562, .1, .1778, .3162, .5623, 1.):
+        miss = 1-next((q[0] for q in points if q[2] >= ref), points[-1][0]) if points else 1.
+        logs.append(math.log(miss) if miss > 0 else -math.inf)
+    return dict(AP=ap, MR=math.exp(sum(logs)/9), recall=points[-1][0] if points else 0., JI=max(slow_ji(truth, found, s/10) for s in range(10)))
+
+def slow_ji(truth, found, score):
+    "Jaccard index with the best pairing found by trying them all."
+    ratios = []
+    for image in truth['images']:
+        mine = [a for a in truth['annotations'] if a['image_id'] == image['id']]
+        G, I = [a['bbox'] for a in mine if not a['iscrowd']], [a['bbox'] for a in mine if a['iscrowd']]
+        D = [r['bbox'] for r in found if r['image_id'] == image['id'] and r['score'] > score]
+        def best(d, free):                                                                      # (summed IoU, pairs)
+            if d == len(D): return 0., ()
+            options = [best(d+1, free)]
+            for g in free:
+                if iou(D[d], G[g]) > .5: s, p = best(d+1, free-{g}); options.append((s+iou(D[d], G[g]), ((d, g), *p)))
+            return max(options, key=lambda o: o[0])
+        pairs = best(0, frozenset(range(len(G))))[1]; ds, gs = {d for d, _ in pairs}, {g for _, g in pairs}
+        n = len(D)-sum(any(ioa(D[d], i) > .5 for i in I) for d in range(len(D)) if d not in ds)
+        m = len(G)-sum(any(ioa(G[g], i) > .5 for i in I) for g in range(len(G)) if g not in gs)
+        if n or m: ratios.append(len(pairs)/(n+m-len(pairs)))
+    return sum(ratios)/len(ratios) if ratios else 0.
+
+@given(data_sets(classes=1, grid=False, images=4))
+@settings(max_examples=40, deadline=None)
+def test_crowdhuman_against_the_benchmark_read_aloud(data):
+    truth, found = data; want = slow_crowdhuman(truth, found)
+    if want is None:
+        with pytest.raises(InputError): E.evaluate_crowdhuman(truth, found)
+    else:
+        got = E.evaluate_crowdhuman(truth, found)
+        for k in want: assert got[k] == pytest.approx(want[k], abs=1e-9), k
+
+def test_miss_rate_by_hand():
+    assert E.miss_rate(np.array([1, 0, 1]), 4, 100) == pytest.approx(math.exp((1*math.log(.75)+8*math.log(.5))/9))    # FPPI 0, .01, .01
+    assert E.miss_rate(np.array([], int), 4, 100) == 1 and E.miss_rate(np.array([1, 1]), 2, 1) == 0
+
+def test_ignore_region_by_the_detections_own_area():
+    truth = two_objects(); truth['annotations'][0].update(ignore=1, bbox=[0, 0, 58, 100])
+    at = lambda b, s: dict(image_id=4, category_id=9, bbox=b, score=s)
+    person, small = at([60, 0, 40, 40], .5), at([5, 5, 8, 8], .9)                               # the small box: IoU with the region 0.01, inside by all of its area
+    m = E.evaluate_crowdhuman(truth, [person, small])
+    assert (m['AP'], m['MR'], m['JI']) == (1, 0, 1)
+    assert E.evaluate_crowdhuman(truth, [person, at([52, 60, 20, 20], .9)])['AP'] < .6           # mostly outside: false
