@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SATURATED', 'BLOCK', 'focal_positive', 'focal_negative', 'quality_focal', 'varifocal_positive', 'joint_score',
-           'log_not_joint', 'joint_negative', 'normalizer', 'dense_negative', 'ClassTable']
+           'log_not_joint', 'joint_positive', 'joint_negative', 'normalizer', 'dense_negative', 'ClassTable']
 
 # %% ../nbs/02_losses.ipynb #c002
 import torch
@@ -62,6 +62,15 @@ def log_not_joint(
     q = weight*joint_score(cls_logits, obj_logits)
     rest = (log_not.exp() + (1-weight)*joint_score(cls_logits, obj_logits)).clamp(min=torch.finfo(q.dtype).tiny)
     return torch.where(q < .5, torch.log1p(-q.clamp(max=.5)), rest.log())
+
+def joint_positive(
+    cls_logits:Tensor, # (...)
+    obj_logits:Tensor=None, # (...), None: the class alone
+    alpha:float=.25, gamma:float=2., # focal loss's α and γ
+)->Tensor: # (...), >= 0
+    "Focal loss -α(1-q)^γ log q of locations whose joint score q should be 1."
+    log_q = F.logsigmoid(cls_logits) if obj_logits is None else F.logsigmoid(cls_logits) + F.logsigmoid(obj_logits)
+    return -alpha*log_not_joint(cls_logits, obj_logits).exp()**gamma*log_q
 
 def joint_negative(
     cls_logits:Tensor, # (...)
