@@ -288,6 +288,25 @@ def test_readme_links_lead_somewhere():
     assert not sorted(l for l in links if not re.match(r'https?:', l) and not (ROOT/l).exists())
     assert not [p.name for p in NBS if p.stem != 'index' and f'(nbs/{p.name})' not in text], 'a notebook is missing from the table'
 
+def test_readme_python_runs():
+    "The two snippets, on two small images, one of them without an object."
+    import torch
+    if not all((LIB/f'{m}.py').exists() for m in ('detector', 'dw', 'ala')): pytest.skip('not all of it is there yet')
+    from ala_nb.geometry import grid_points, level_sizes
+    K, steps = 80, (8, 16, 32, 64, 128)
+    points, strides = grid_points(level_sizes(128, 160, steps), steps)
+    P = len(points)
+    names = dict(K=K, points=points, strides=strides, images=[torch.rand(3, 128, 160), torch.rand(3, 96, 128)],
+                 targets=[dict(boxes=torch.tensor([[10., 12, 70, 90]]), labels=torch.tensor([3])),
+                          dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))],
+                 cls_logits=torch.randn(2, P, K)-4, distances=torch.rand(2, P, 4)*64, obj_logits=torch.randn(2, P))
+    blocks = re.findall(r'^```python\n(.*?)^```', (ROOT/'README.md').read_text(encoding='utf-8'), re.M | re.S)
+    assert len(blocks) == 2
+    for block in blocks: exec(block, names)
+    assert sum(names['losses'].values()).isfinite() and names['loss'].isfinite()
+    assert [sorted(f) for f in names['found']] == [['boxes', 'labels', 'scores']]*2
+    assert all(len(w) == len(names['out'].pairs) for w in names['out'].weights.values())
+
 
 # ---- golden numbers
 
