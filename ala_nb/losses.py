@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SATURATED', 'BLOCK', 'focal_positive', 'focal_negative', 'quality_focal', 'varifocal_positive', 'joint_score',
-           'log_not_joint', 'joint_positive', 'joint_negative', 'normalizer', 'dense_negative', 'ClassTable']
+           'log_joint', 'log_not_joint', 'joint_positive', 'joint_negative', 'normalizer', 'dense_negative',
+           'ClassTable']
 
 # %% ../nbs/02_losses.ipynb #c002
 import torch
@@ -50,6 +51,13 @@ def joint_score(
     "Product of the class score and the objectness."
     return torch.sigmoid(cls_logits) if obj_logits is None else torch.sigmoid(cls_logits)*torch.sigmoid(obj_logits)
 
+def log_joint(
+    cls_logits:Tensor, # (...)
+    obj_logits:Tensor=None, # (...), None: the class alone
+)->Tensor: # (...), <= 0
+    "log q of the joint score q."
+    return F.logsigmoid(cls_logits) if obj_logits is None else F.logsigmoid(cls_logits) + F.logsigmoid(obj_logits)
+
 def log_not_joint(
     cls_logits:Tensor, # (...)
     obj_logits:Tensor=None, # (...), None: the class alone
@@ -69,8 +77,7 @@ def joint_positive(
     alpha:float=.25, gamma:float=2., # focal loss's α and γ
 )->Tensor: # (...), >= 0
     "Focal loss -α(1-q)^γ log q of locations whose joint score q should be 1."
-    log_q = F.logsigmoid(cls_logits) if obj_logits is None else F.logsigmoid(cls_logits) + F.logsigmoid(obj_logits)
-    return -alpha*log_not_joint(cls_logits, obj_logits).exp()**gamma*log_q
+    return -alpha*log_not_joint(cls_logits, obj_logits).exp()**gamma*log_joint(cls_logits, obj_logits)
 
 def joint_negative(
     cls_logits:Tensor, # (...)

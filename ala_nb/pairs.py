@@ -140,19 +140,22 @@ class Predictions:
     @property
     def cls_logits(self)->Tensor:
         "(B, P, K); made from the maps when asked, with gradient."
-        if self._cls is None: self._cls = torch.cat([b.transpose(1,2) if f else b for b,f in zip(self.cls_blocks,self.class_first)], 1)
+        if self._cls is None:
+            with torch.enable_grad():      # kept, so it must not depend on who asks first
+                self._cls = torch.cat([b.transpose(1,2) if f else b for b,f in zip(self.cls_blocks,self.class_first)], 1)
         return self._cls
 
     @property
     def distances(self)->Tensor:
         "(B, P, 4) px: left, top, right, bottom."
-        if self._distances is None: self._distances = self._planes.transpose(1,2)
+        if self._distances is None:
+            with torch.enable_grad(): self._distances = self._planes.transpose(1,2)
         return self._distances
 
     @functools.cached_property
     def distance_planes(self)->Tensor:
         "(B, 4, P) contiguous px: what pairs are gathered from."
-        return self._planes if self._distances is None else self._distances.transpose(1,2).contiguous()
+        with torch.enable_grad(): return self._planes if self._distances is None else self._distances.transpose(1,2).contiguous()
 
     def full_precision(self):
         "The same predictions with half and bfloat16 tensors as float32 (float64 stays); grids of the logits' dtype."
