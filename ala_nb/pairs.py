@@ -464,23 +464,44 @@ def winners(self:Pairs,
 
 # %% ../nbs/01_pairs.ipynb #c045
 @patch
-def last_of_class(self:Pairs)->Tensor: # (E,) bool
-    "False where a later object of the same image and class also covers the location (it overwrites, as in released code)."
-    keep = torch.ones(len(self), dtype=torch.bool, device=self.loc.device)
-    if len(self)==0: return keep
+def _shared(self:Pairs):
+    "Pairs whose object has a companion of its image and class: their positions, a number of (image, class, location), and how many numbers."
     o = self.objects
+    if len(self)==0: return None
     key = o.image*(o.labels.max()+1) + o.labels
     _, group, count = key.unique(return_inverse=True, return_counts=True)
     shared = count > 1
-    group = torch.where(shared[group], (shared.cumsum(0)-1)[group], -1)  # number the groups of two and more, from 0
     n = int(shared.sum())
-    if n == 0: return keep
+    if n == 0: return None
+    group = torch.where(shared[group], (shared.cumsum(0)-1)[group], -1)  # number the groups of two and more, from 0
     of_pair = group.index_select(0, self.obj)
     sub = (of_pair >= 0).nonzero().flatten()
-    slot = of_pair[sub]*self.n_locations + self.loc[sub]
-    last = torch.full((n*self.n_locations,), -1, dtype=torch.int32, device=keep.device)
-    last.scatter_reduce_(0, slot, self.obj[sub].int(), 'amax')
-    keep[sub] = last[slot] == self.obj[sub]
+    return sub, of_pair[sub]*self.n_locations + self.loc[sub], n*self.n_locations
+
+@patch
+def last_of_class(self:Pairs)->Tensor: # (E,) bool
+    "False where a later object of the same image and class also covers the location (it overwrites, as in released code)."
+    keep = torch.ones(len(self), dtype=torch.bool, device=self.loc.device)
+    if (shared := self._shared()) is None: return keep
+    sub, slot, n = shared
+    obj = self.obj[sub].int()
+    last = torch.full((n,), -1, dtype=torch.int32, device=keep.device).scatter_reduce_(0, slot, obj, 'amax')
+    keep[sub] = last[slot] == obj
+    return keep
+
+@patch
+def best_of_class(self:Pairs,
+    priority:Tensor, # (E,) the higher the better
+)->Tensor: # (E,) bool, one pair of each image, class and location
+    "True for the pair with the highest priority among those of its image, class and location; ties to the object that comes first."
+    keep = torch.ones(len(self), dtype=torch.bool, device=self.loc.device)
+    if (shared := self._shared()) is None: return keep
+    sub, slot, n = shared
+    value, obj = priority.detach()[sub], self.obj[sub].int()
+    best = value.new_full((n,), -torch.inf).scatter_reduce_(0, slot, value, 'amax')
+    none = len(self.objects)
+    first = obj.new_full((n,), none).scatter_reduce_(0, slot, torch.where(value==best[slot], obj, none), 'amin')
+    keep[sub] = first[slot] == obj
     return keep
 
 # %% ../nbs/01_pairs.ipynb #c048
