@@ -191,32 +191,65 @@ def dense_negative(
     return total.to(first.dtype), grads, go
 
 # %% ../nbs/02_losses.ipynb #c030
+class _Reader:
+    "Where each pair's logit stands in the class blocks, and the dense gradient while it waits for the backward pass."
+    # Apart from ClassTable, so that autograd's graph never points back at its own outputs: such a cycle keeps every gradient alive until a garbage collection.
+    def __init__(self, preds:Predictions, pairs:Pairs): self.preds, self.at, self.pending = preds, self.indices(preds, pairs), None
+
+    @staticmethod
+    def indices(p, q):
+        "For each block: which pairs read it (None: all) and where."
+        k = p.n_classes
+        if len(p.cls_blocks) == 1 and not p.class_first[0]: return [(None, q.cell*k + q.labels)]
+        out, row = [], q.image*k + q.labels
+        for pos,a,(h,w),class_first in zip(q.by_level, p.level_starts, p.level_sizes, p.class_first):
+            loc = q.loc.index_select(0,pos) - a
+            out.append((pos, row.index_select(0,pos)*(h*w) + loc if class_first else (q.image.index_select(0,pos)*(h*w) + loc)*k + q.labels.index_select(0,pos)))
+        return out
+
+    def read(self, blocks, n):
+        out = blocks[0].new_empty(n)
+        for b,(pos,at) in zip(blocks, self.at):
+            v = b.reshape(-1).index_select(0, at)
+            if pos is None: return v
+            out.index_copy_(0, pos, v)
+        return out
+
+    def write(self, grads, g):
+        for b,(pos,at) in zip(grads, self.at): b.view(-1).index_add_(0, at, g if pos is None else g.index_select(0,pos))
+
+    def take_gradient(self):
+        "The dense gradient; used up by a backward pass, computed again for a second one."
+        grads, obj, scale = self.pending
+        if grads is None: grads = dense_negative(self.preds, obj, scale)[1]
+        self.pending = (None, obj, scale)
+        return grads
+
 class _ReadPairs(torch.autograd.Function):
     "Logits at the pairs, and a token through which the dense term's gradient comes back."
     @staticmethod
-    def forward(ctx, table, *blocks):
-        ctx.table = table; ctx.save_for_backward(*blocks); ctx.set_materialize_grads(False)
-        return table._read(blocks), blocks[0].new_zeros(())
+    def forward(ctx, reader, n, *blocks):
+        ctx.reader = reader; ctx.save_for_backward(*blocks); ctx.set_materialize_grads(False)
+        return reader.read(blocks, n), blocks[0].new_zeros(())
     @staticmethod
     def backward(ctx, g_logits, g_token):
-        t, blocks = ctx.table, ctx.saved_tensors
-        if g_token is None: grads = [torch.zeros_like(b) for b in blocks]
+        if g_token is None: grads = [torch.zeros_like(b) for b in ctx.saved_tensors]
         else:
-            grads = t._take_gradient()
+            grads = ctx.reader.take_gradient()
             if grads[0].device.type != 'cpu' or g_token.item() != 1:
                 for g in grads: g.mul_(g_token)
-        if g_logits is not None: t._write(grads, g_logits)
-        return None, *grads
+        if g_logits is not None: ctx.reader.write(grads, g_logits)
+        return None, None, *grads
 
 class _DenseNegative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table, token, obj_logits, scale):
+    def forward(ctx, reader, token, obj_logits, scale):
         # On a CPU the scale is folded into the pass; on a GPU it stays a tensor (no synchronisation) and multiplies the gradient once.
-        on_cpu = table.preds.device.type == 'cpu'
+        on_cpu = reader.preds.device.type == 'cpu'
         folded = scale.item() if on_cpu else 1.
         need = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        value, grads, go = dense_negative(table.preds, obj_logits, folded, need)
-        table._pending = (grads, obj_logits, folded)
+        value, grads, go = dense_negative(reader.preds, obj_logits, folded, need)
+        reader.pending = (grads, obj_logits, folded)
         ctx.rest = None if on_cpu else scale
         ctx.save_for_backward(go)
         return value if on_cpu else value*scale
@@ -233,39 +266,8 @@ class ClassTable:
         preds:Predictions,
         pairs:Pairs, # whose own class is read at every location
     ):
-        self.preds, self.pairs, self._pending = preds, pairs, None
-        self.logits, self._token = _ReadPairs.apply(self, *preds.cls_blocks)   # (E,)
-
-    def _indices(self):
-        "For each block: which pairs read it (None: all) and where."
-        if hasattr(self, '_at'): return self._at
-        p, q, k = self.preds, self.pairs, self.preds.n_classes
-        if len(p.cls_blocks) == 1 and not p.class_first[0]: self._at = [(None, q.cell*k + q.labels)]
-        else:
-            self._at, row = [], q.image*k + q.labels
-            for pos,a,(h,w),class_first in zip(q.by_level, p.level_starts, p.level_sizes, p.class_first):
-                loc = q.loc.index_select(0,pos) - a
-                at = row.index_select(0,pos)*(h*w) + loc if class_first else (q.image.index_select(0,pos)*(h*w) + loc)*k + q.labels.index_select(0,pos)
-                self._at.append((pos, at))
-        return self._at
-
-    def _read(self, blocks):
-        out = blocks[0].new_empty(len(self.pairs))
-        for b,(pos,at) in zip(blocks, self._indices()):
-            v = b.reshape(-1).index_select(0, at)
-            if pos is None: return v
-            out.index_copy_(0, pos, v)
-        return out
-
-    def _write(self, grads, g):
-        for b,(pos,at) in zip(grads, self._indices()): b.view(-1).index_add_(0, at, g if pos is None else g.index_select(0,pos))
-
-    def _take_gradient(self):
-        "The dense gradient; used up by a backward pass, computed again for a second one."
-        grads, obj, scale = self._pending
-        if grads is None: grads = dense_negative(self.preds, obj, scale)[1]
-        self._pending = (None, obj, scale)
-        return grads
+        self.preds, self._reader = preds, _Reader(preds, pairs)
+        self.logits, self._token = _ReadPairs.apply(self._reader, len(pairs), *preds.cls_blocks)   # (E,)
 
     def negatives(self,
         obj_logits:Tensor=None, # (B, P), joint score; None: the class alone
@@ -274,4 +276,4 @@ class ClassTable:
         "scale · Σ q²·-log(1-q) over all locations and classes, with gradient to classes and objectness; once a table."
         scale = torch.as_tensor(scale, dtype=self.preds.dtype, device=self.preds.device)
         obj = None if obj_logits is None else obj_logits.contiguous()
-        return _DenseNegative.apply(self, self._token, obj, scale)
+        return _DenseNegative.apply(self._reader, self._token, obj, scale)
