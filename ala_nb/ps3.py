@@ -26,9 +26,10 @@ def select_samples(
     if threshold == 'statistics': upper = mean + std
     elif isinstance(threshold, (int,float)) and 0 <= threshold <= 1: upper = threshold*pairs.max(quality)
     else: raise InputError(f"threshold: {threshold!r}; give 'statistics', a number between 0 and 1, or None")
-    hard = quality >= pairs.spread(upper)
+    slack = 1e-5*mean                        # two pairs lie exactly at m ± v: rounding must not decide about them
+    hard = quality >= pairs.spread(upper - slack)
     if at_least_one: hard = hard | (quality >= pairs.spread(pairs.max(quality)))
-    soft = ~hard & (quality >= pairs.spread(mean - std))
+    soft = ~hard & (quality >= pairs.spread(mean - std - slack))
     return hard, soft, ~(hard|soft)
 
 # %% ../nbs/13_ps3.ipynb #c009
