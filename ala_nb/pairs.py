@@ -249,11 +249,35 @@ class Pairs:
         keep = mask.nonzero().flatten()
         lengths = self.sum(mask.to(self.points.dtype)).round().long()
         out = Pairs.__new__(Pairs); out.__dict__.update(
-            loc=self.loc[keep], obj=self.obj[keep], lengths=lengths, objects=self.objects, points=self.points, strides=self.strides,
+            loc=self.loc.index_select(0, keep), obj=self.obj.index_select(0, keep), lengths=lengths, objects=self.objects, points=self.points, strides=self.strides,
             level_starts=self.level_starts, n_locations=self.n_locations, _level_counts=None, _per_level=None)
         return out
 
 # %% ../nbs/01_pairs.ipynb #c016
+from fastcore.basics import patch
+
+# %% ../nbs/01_pairs.ipynb #c017
+@patch
+def chunks(self:Pairs,
+    size:int, # pairs a chunk at most; an object with more is a chunk of its own
+): # yields (slice of the objects, slice of the pairs, Pairs of these objects alone)
+    "The list cut between objects, in order; one chunk and no synchronisation if it is not longer than `size`."
+    if len(self) <= size:
+        yield slice(0, len(self.objects)), slice(0, len(self)), self
+        return
+    ends, o, i, a = self.lengths.cumsum(0).tolist(), self.objects, 0, 0
+    while i < len(ends):
+        j = i + 1
+        while j < len(ends) and ends[j]-a <= size: j += 1
+        part, b = Pairs.__new__(Pairs), ends[j-1]
+        counts = None if self._level_counts is None else self._level_counts[i:j]
+        part.__dict__.update(loc=self.loc[a:b], obj=self.obj[a:b]-i, lengths=self.lengths[i:j], points=self.points, strides=self.strides,
+            objects=Objects(o.boxes[i:j], o.labels[i:j], o.image[i:j], o.n_images), level_starts=self.level_starts, n_locations=self.n_locations,
+            _level_counts=counts, _per_level=None if counts is None else counts.sum(0).tolist())
+        yield slice(i,j), slice(a,b), part
+        i, a = j, b
+
+# %% ../nbs/01_pairs.ipynb #c019
 def columns_between(
     lo:Tensor,     # (N, L) px, open lower bound
     hi:Tensor,     # (N, L) px, open upper bound
@@ -269,7 +293,7 @@ def columns_between(
     first = first.clamp(min=0).minimum(n.to(lo)); last = last.minimum(n.to(lo)-1)
     return first.long(), (last-first+1).clamp(min=0).long()
 
-# %% ../nbs/01_pairs.ipynb #c019
+# %% ../nbs/01_pairs.ipynb #c022
 def rectangle_pairs(
     preds:Predictions, # whose grid
     objects:Objects,
@@ -299,7 +323,7 @@ def rectangle_pairs(
     obj = spread(torch.arange(len(objects), device=dev), lengths, n_pairs)
     return Pairs(loc, obj, lengths, preds, objects, counts, per_level)
 
-# %% ../nbs/01_pairs.ipynb #c020
+# %% ../nbs/01_pairs.ipynb #c023
 def inside_pairs(
     preds:Predictions, objects:Objects,
 )->Pairs:
@@ -308,7 +332,7 @@ def inside_pairs(
     b = objects.boxes[:,None].expand(-1, len(preds.level_sizes), -1)
     return rectangle_pairs(preds, objects, b[...,:2], b[...,2:])
 
-# %% ../nbs/01_pairs.ipynb #c024
+# %% ../nbs/01_pairs.ipynb #c027
 def center_pairs(
     preds:Predictions, objects:Objects,
     radius:float=1.5, # half side of the square around the centre, in strides of the level
@@ -323,7 +347,7 @@ def center_pairs(
     if clip: lo, hi = torch.maximum(lo, b[...,:2]), torch.minimum(hi, b[...,2:])
     return rectangle_pairs(preds, objects, lo, hi)
 
-# %% ../nbs/01_pairs.ipynb #c027
+# %% ../nbs/01_pairs.ipynb #c030
 def nearest_on_axis(
     centre:Tensor, # (N,) px
     stride:float, offset:float,
@@ -348,7 +372,7 @@ def nearest_on_level(centres, stride, offset, size, k):
     d2 = (dx[:,a].square() + dy[:,b].square()).gather(1, by_cell)
     return cell.gather(1, d2.sort(dim=1, stable=True)[1][:,:min(k,h*w)])
 
-# %% ../nbs/01_pairs.ipynb #c029
+# %% ../nbs/01_pairs.ipynb #c032
 def nearest_pairs(
     preds:Predictions, objects:Objects,
     k:int=9, # locations a level
@@ -364,10 +388,7 @@ def nearest_pairs(
     counts = torch.tensor([per_level], device=loc.device).expand(n,-1)
     return Pairs(loc.reshape(-1), obj, counts.sum(1), preds, objects, counts, [n*m for m in per_level])
 
-# %% ../nbs/01_pairs.ipynb #c032
-from fastcore.basics import patch
-
-# %% ../nbs/01_pairs.ipynb #c033
+# %% ../nbs/01_pairs.ipynb #c035
 @patch
 def spread(self:Pairs,
     per_object:Tensor, # (N, ...)
@@ -408,7 +429,7 @@ def min(self:Pairs, x:Tensor, empty:float=0.)->Tensor:
     "Smallest value (N,) of `x` (E,) in each object's bag; `empty` for an empty bag."
     return self._extreme(x, 'min', empty)
 
-# %% ../nbs/01_pairs.ipynb #c035
+# %% ../nbs/01_pairs.ipynb #c037
 @patch
 def mean(self:Pairs, x:Tensor)->Tensor:
     "Mean (N,) of `x` (E,) over each object's bag; 0 for an empty bag."
@@ -433,7 +454,7 @@ def softmax(self:Pairs, x:Tensor)->Tensor:
     e = (x - self.spread(self.max(x).detach())).exp()
     return e/self.spread(self.sum(e).clamp(min=torch.finfo(e.dtype).tiny))
 
-# %% ../nbs/01_pairs.ipynb #c037
+# %% ../nbs/01_pairs.ipynb #c039
 @patch
 def rank(self:Pairs, x:Tensor)->Tensor:
     "Rank (E,) int64 of each pair within its object's bag by `x` (E,), 0 the largest; ties to the pair that comes first."
@@ -449,7 +470,7 @@ def topk(self:Pairs, x:Tensor, k:int)->Tensor:
     "Mask (E,) of each object's `k` largest `x` (E,); all of a shorter bag."
     return self.rank(x) < k
 
-# %% ../nbs/01_pairs.ipynb #c042
+# %% ../nbs/01_pairs.ipynb #c044
 @patch
 def winners(self:Pairs,
     priority:Tensor, # (E,) the higher the better; -inf: not a contender
@@ -462,49 +483,46 @@ def winners(self:Pairs,
     first = self.obj.new_full((n,), none).scatter_reduce_(0, self.cell, torch.where(wins, self.obj, none), 'amin')
     return wins & (first.index_select(0, self.cell) == self.obj)
 
-# %% ../nbs/01_pairs.ipynb #c045
+# %% ../nbs/01_pairs.ipynb #c047
 @patch
-def _shared(self:Pairs):
-    "Pairs whose object has a companion of its image and class: their positions, a number of (image, class, location), and how many numbers."
-    o = self.objects
+def _class_slots(self:Pairs):
+    "Numbers for (image, class, location): (N,) the first of each object's group, how many there are, and (N,) which objects have no companion."
+    o, p = self.objects, self.n_locations
     if len(self)==0: return None
     key = o.image*(o.labels.max()+1) + o.labels
     _, group, count = key.unique(return_inverse=True, return_counts=True)
     shared = count > 1
     n = int(shared.sum())
     if n == 0: return None
-    group = torch.where(shared[group], (shared.cumsum(0)-1)[group], -1)  # number the groups of two and more, from 0
-    of_pair = group.index_select(0, self.obj)
-    sub = (of_pair >= 0).nonzero().flatten()
-    return sub, of_pair[sub]*self.n_locations + self.loc[sub], n*self.n_locations
+    number = torch.where(shared, shared.cumsum(0)-1, n)                  # groups of two and more from 0; all others write to a row of no use
+    return number.index_select(0, group)*p, (n+1)*p, ~shared.index_select(0, group)
 
 @patch
-def last_of_class(self:Pairs)->Tensor: # (E,) bool
+def last_of_class(self:Pairs,
+    size:int=1<<16, # pairs at a time
+)->Tensor: # (E,) bool
     "False where a later object of the same image and class also covers the location (it overwrites, as in released code)."
-    keep = torch.ones(len(self), dtype=torch.bool, device=self.loc.device)
-    if (shared := self._shared()) is None: return keep
-    sub, slot, n = shared
-    obj = self.obj[sub].int()
-    last = torch.full((n,), -1, dtype=torch.int32, device=keep.device).scatter_reduce_(0, slot, obj, 'amax')
-    keep[sub] = last[slot] == obj
-    return keep
+    if (slots := self._class_slots()) is None: return torch.ones(len(self), dtype=torch.bool, device=self.loc.device)
+    start, n, alone = slots
+    last, keep = torch.full((n,), -1, dtype=torch.int32, device=self.loc.device), []
+    pieces = [*zip(self.loc.split(size), self.obj.split(size))]
+    for loc,obj in pieces: last.scatter_reduce_(0, start.index_select(0, obj).add_(loc), obj.int(), 'amax')
+    for loc,obj in pieces: keep.append((last.index_select(0, start.index_select(0, obj).add_(loc)) == obj).logical_or_(alone.index_select(0, obj)))
+    return torch.cat(keep)
 
 @patch
 def best_of_class(self:Pairs,
     priority:Tensor, # (E,) the higher the better
 )->Tensor: # (E,) bool, one pair of each image, class and location
     "True for the pair with the highest priority among those of its image, class and location; ties to the object that comes first."
-    keep = torch.ones(len(self), dtype=torch.bool, device=self.loc.device)
-    if (shared := self._shared()) is None: return keep
-    sub, slot, n = shared
-    value, obj = priority.detach()[sub], self.obj[sub].int()
+    if (slots := self._class_slots()) is None: return torch.ones(len(self), dtype=torch.bool, device=self.loc.device)
+    start, n, alone = slots
+    slot, value, none = self.spread(start) + self.loc, priority.detach(), len(self.objects)
     best = value.new_full((n,), -torch.inf).scatter_reduce_(0, slot, value, 'amax')
-    none = len(self.objects)
-    first = obj.new_full((n,), none).scatter_reduce_(0, slot, torch.where(value==best[slot], obj, none), 'amin')
-    keep[sub] = first[slot] == obj
-    return keep
+    first = self.obj.new_full((n,), none).scatter_reduce_(0, slot, torch.where(value==best.index_select(0, slot), self.obj, none), 'amin')
+    return (first.index_select(0, slot) == self.obj) | self.spread(alone)
 
-# %% ../nbs/01_pairs.ipynb #c048
+# %% ../nbs/01_pairs.ipynb #c050
 class _GatherPlanes(torch.autograd.Function):
     "(B, C, P) -> (C, E): row c holds plane c at every pair's cell."
     @staticmethod
