@@ -1,9 +1,10 @@
 "COCO's numbers are pycocotools'; VOC's and CrowdHuman's are those of slow, literal versions of their benchmarks."
-import builtins, contextlib, importlib.util, io, itertools, json, math
+import builtins, contextlib, importlib.util, io, json, math, os, subprocess, sys
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from ala_nb.geometry import InputError
 from ala_nb import evaluate as E
+from conftest import ROOT
 
 KEYS = 'AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl'.split()
 
@@ -281,3 +282,124 @@ def test_ignore_region_by_the_detections_own_area():
     m = E.evaluate_crowdhuman(truth, [person, small])
     assert (m['AP'], m['MR'], m['JI']) == (1, 0, 1)
     assert E.evaluate_crowdhuman(truth, [person, at([52, 60, 20, 20], .9)])['AP'] < .6           # mostly outside: false
+
+def test_crowdhuman_cuts_boxes_to_the_image():
+    truth = two_objects(); truth['annotations'] = [truth['annotations'][0] | dict(bbox=[-100, 0, 140, 40])]      # a body of which 40 px are in the image
+    seen = dict(image_id=4, category_id=9, bbox=[0, 0, 40, 40], score=.9)
+    assert E.evaluate_crowdhuman(truth, [seen])['AP'] == 1 and E.evaluate_voc(truth, [seen])['mAP'] == 0
+
+# ---- from a detector to the numbers
+
+class Oracle(torch.nn.Module):
+    "Knows the truth by each image's mean; boxes in the coordinates of the image it is given."
+    def __init__(self, ds):
+        super().__init__(); self.w = torch.nn.Parameter(torch.zeros(())); self.how = {}
+        self.known = [(i.float().mean((1, 2))/255, t, tuple(i.shape[-2:])) for i, t in ds]
+        self.modes, self.batches = [], []
+    def detect(self, images, **how): self.how = how; return self(images)
+    def forward(self, images):
+        self.modes.append(self.training); self.batches.append(len(images)); out = []
+        for x in images:
+            assert x.dtype == torch.float32 and x.max() <= 1 and not torch.is_grad_enabled()
+            _, t, (H, W) = min(self.known, key=lambda k: (k[0]-x.mean((1, 2))).abs().sum())
+            b = torch.as_tensor(t['boxes']).as_subclass(torch.Tensor)*torch.tensor([x.shape[2]/W, x.shape[1]/H]*2)
+            out.append(dict(boxes=b, labels=t['labels'], scores=torch.full((len(b),), .5)))
+        return out
+
+@pytest.fixture(scope='module')
+def bccd(): return E.load_dataset(ROOT/'tests'/'data'/'bccd', 'test')
+
+@pytest.mark.parametrize('size', [None, 123])
+def test_predict_dataset_is_in_original_pixels(bccd, size):
+    model = Oracle(bccd); model.train()
+    found = E.predict_dataset(model, bccd, E.eval_transforms(size, size and 200), batch_size=3)
+    assert model.training and not any(model.modes) and max(model.batches) <= 3
+    m = E.evaluate_coco(bccd.ground_truth(), found)
+    assert m['AP'] == pytest.approx(1, abs=1e-9) and set(m['per_class']) == set(bccd.classes)
+    assert {r['image_id'] for r in found} == set(bccd.ids)
+
+def test_predict_dataset_leaves_the_mode_after_an_error(bccd):
+    model = Oracle(bccd); model.known = []
+    with pytest.raises(ValueError): E.predict_dataset(model.train(), bccd)
+    assert model.training
+
+def fake_run(path, classes, **train):
+    path.mkdir(); (path/'config.json').write_text(json.dumps(dict(train=train, classes=classes, detector={}))); return path
+
+def test_command_with_the_runs_own_data(bccd, tmp_path, monkeypatch, capsys):
+    run = fake_run(tmp_path/'run', list(bccd.classes), data=str(ROOT/'tests'/'data'/'bccd'), size=120, max_size=0, data_options={})
+    made = []
+    def load(run, checkpoint='best'): made.append((checkpoint, Oracle(bccd))); return made[-1][1]
+    monkeypatch.setattr(E, 'load_detector', load)
+    code = E.main([run, '--split', 'test', '--no-nms', '--checkpoint', 'last', '--score-threshold', '.2', '--device', 'cpu', '--metrics', *E.METRICS,
+                   '--out', tmp_path/'m.json', '--results', tmp_path/'r.json', '--batch_size=2'])
+    out = capsys.readouterr()
+    assert code == 0, out.err
+    (checkpoint, model), = made
+    assert checkpoint == 'last' and model.how == dict(nms=False, score_threshold=.2) and max(model.batches) == 2
+    assert 'IoU .50' in out.out and bccd.classes[0] in out.out and 'VOC mAP (area): 1.000' in out.out and 'MR^-2 0.000' in out.out
+    m = json.loads((tmp_path/'m.json').read_text())
+    assert m['coco']['AP'] == pytest.approx(1, abs=1e-9) and m['settings']['nms'] is False and m['voc']['mAP'] == pytest.approx(1)
+    assert by_pycocotools(bccd.ground_truth(), json.loads((tmp_path/'r.json').read_text()))[0][0] == pytest.approx(1, abs=1e-9)
+    assert E.main([run, '--split', 'test', '--device', 'cpu']) == 0 and made[-1][1].how == {}        # as the run has it
+    (run/'config.json').write_text(json.dumps(json.loads((run/'config.json').read_text()) | dict(train=dict(data=str(ROOT/'tests'/'data'/'bccd'), val_split='test'))))
+    assert E.main([run, '--device', 'cpu']) == 0 and made[-1][1].batches                              # the split it was validated on
+
+def test_command_matches_classes_by_name(bccd, tmp_path, monkeypatch, capsys):
+    class Turned(Oracle):
+        def forward(self, images): return [o | dict(labels=len(bccd.classes)-1-o['labels']) for o in super().forward(images)]
+    monkeypatch.setattr(E, 'load_detector', lambda *a: Turned(bccd))
+    data = ROOT/'tests'/'data'/'bccd'
+    run = fake_run(tmp_path/'run', list(bccd.classes)[::-1])
+    assert E.evaluate_run(run, data, 'test', device='cpu')[0]['coco']['AP'] == pytest.approx(1, abs=1e-9)
+    other = fake_run(tmp_path/'other', ['RBC', 'cat'])
+    assert E.main([other, '--data', data, '--split', 'test']) == 2
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1 and 'RBC, cat' in err and ', '.join(bccd.classes) in err
+
+@pytest.mark.parametrize('argv, says', [
+    (['nowhere'], 'nowhere'), (['{tmp}'], 'config.json'), (['{run}', '--data', '{tmp}/none'], 'none'), (['{run}', '--split', 'vall'], 'vall'),
+    (['{run}', '--backend', 'x'], 'backend'), (['{run}', '--batch_size', '0'], 'batch_size'), (['{run}', '--device', 'abacus'], 'abacus'),
+    (['{run}', '--out', '{tmp}/no/where.json'], 'where.json'), ([], 'RUN'), (['{run}', '--split', 'test', '--frobnicate'], 'frobnicate'), (['{broken}'], 'config.json')])
+def test_command_with_bad_input(bccd, tmp_path, monkeypatch, capsys, argv, says):
+    run = fake_run(tmp_path/'run', list(bccd.classes), data=str(ROOT/'tests'/'data'/'bccd')); broken = tmp_path/'broken'; broken.mkdir(); (broken/'config.json').write_text('{"a')
+    monkeypatch.setattr(E, 'load_detector', lambda *a: Oracle(bccd))
+    assert E.main([a.format(tmp=tmp_path, run=run, broken=broken) for a in argv] + (['--split', 'test'] if '{run}' in argv and '--split' not in argv else [])) == 2
+    out = capsys.readouterr()
+    assert out.out == '' and out.err.startswith('error: ') and out.err.count('\n') == 1 and says in out.err
+
+def test_command_without_objects(bccd, tmp_path, monkeypatch, capsys):
+    from PIL import Image
+    (tmp_path/'d'/'val').mkdir(parents=True); (tmp_path/'d'/'annotations').mkdir(); Image.new('RGB', (40, 30)).save(tmp_path/'d'/'val'/'a.png')
+    gt = dict(images=[dict(id=1, file_name='a.png', width=40, height=30)], annotations=[], categories=[dict(id=1, name='a')])
+    (tmp_path/'d'/'annotations'/'instances_val.json').write_text(json.dumps(gt))
+    monkeypatch.setattr(E, 'load_detector', lambda *a: Oracle(bccd))
+    assert E.main([fake_run(tmp_path/'run', ['a']), '--data', tmp_path/'d']) == 2
+    assert 'no object' in capsys.readouterr().err
+
+@pytest.fixture(scope='module')
+def real_run(tmp_path_factory):
+    "An untrained detector saved as a run."
+    from ala_nb.detector import Detector, save_weights
+    torch.manual_seed(0); run = tmp_path_factory.mktemp('runs')/'run'; run.mkdir()
+    classes = list(E.load_dataset('shapes', 'val', n=1).classes)
+    model = Detector('fcos', backbone='tiny', num_classes=len(classes)); save_weights(model, run/'best.safetensors')
+    (run/'config.json').write_text(json.dumps(dict(train=dict(data='shapes', size=0, max_size=0, data_options=dict(n=6)), detector=model.config, classes=classes)))
+    return run
+
+def test_command_in_a_process_of_its_own(real_run, tmp_path):
+    call = lambda *a: subprocess.run([sys.executable, '-m', 'ala_nb.evaluate', *map(str, a)], cwd=tmp_path, capture_output=True, text=True,
+                                     env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'))
+    r = call(real_run, '--device', 'cpu', '--out', 'm.json', '--score_threshold', '0')
+    assert r.returncode == 0, r.stderr
+    assert 'IoU .50' in r.stdout and 0 <= json.loads((tmp_path/'m.json').read_text())['coco']['AP'] < .1
+    r = call('nowhere')
+    assert r.returncode == 2 and r.stderr.count('\n') == 1 and 'Traceback' not in r.stderr
+
+def test_settings_reach_the_real_detector(real_run):
+    seen = {}
+    for nms in (True, False):
+        _, found = E.evaluate_run(real_run, device='cpu', nms=nms, score_threshold=0., nms_threshold=.01, max_detections=2000); seen[nms] = len(found)
+    assert seen[False] > seen[True]                                                              # without NMS more boxes stay
+    _, found = E.evaluate_run(real_run, device='cpu', score_threshold=0., max_detections=7)
+    assert len(found) == 6*7
