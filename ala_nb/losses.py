@@ -8,6 +8,7 @@ __all__ = ['SATURATED', 'BLOCK', 'focal_positive', 'focal_negative', 'quality_fo
            'ClassTable']
 
 # %% ../nbs/02_losses.ipynb #c002
+import mmap
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -104,24 +105,24 @@ def normalizer(
 # %% ../nbs/02_losses.ipynb #c023
 class _Buffers:
     "Scratch tensors reused from block to block."
-    def __init__(self, like:Tensor, n:int): self.all = like.new_empty(4, n)
+    def __init__(self, like:Tensor, n:int): self.all, self.zero = like.new_empty(4, n), like.new_zeros(())
     def __call__(self, x): return [b[:x.numel()].view(x.shape) for b in self.all]
 
-def _fast_block(x, o, scale, buf, grad):
-    "Sum of F over a block, and the gradient into `grad`; returns q·dF/dq (for the objectness). `o` is σ(obj), broadcastable, or None."
+def _fast_block(x, minus_o, scale, buf, grad):
+    "Sum of F over a block, and the gradient into `grad`; returns q·dF/dq (for the objectness). `minus_o` is -σ(obj), broadcastable, or None."
     S,Q,U,A = buf(x)
     torch.sigmoid(x, out=S)
-    torch.neg(S, out=Q) if o is None else torch.mul(S, -o, out=Q)         # -q
+    torch.neg(S, out=Q) if minus_o is None else torch.mul(S, minus_o, out=Q)   # -q
     torch.log1p(Q, out=U)
-    torch.mul(Q, Q, out=A).mul_(-2*scale)                                 # -2q²
+    torch.addcmul(buf.zero, Q, Q, value=-2*scale, out=A)                  # -2q² in one pass
     if grad is None: return (U.mul_(A)).sum()/2, None
     value = torch.mul(U, A, out=grad).sum()/2                             # the gradient's memory serves as scratch first
-    if o is None:                                                         # dF/dc = -2q²((1-q)log(1-q) - q/2)
+    if minus_o is None:                                                   # dF/dc = -2q²((1-q)log(1-q) - q/2)
         torch.add(Q, 1, out=S)
         torch.mul(U.mul_(S).add_(Q, alpha=.5), A, out=grad)
         return value, None
     torch.add(Q, 1, out=grad)
-    U.add_(Q.div_(grad), alpha=.5).mul_(A)                                # q·dF/dq
+    torch.addcdiv(U, Q, grad, value=.5, out=U).mul_(A)                    # q·dF/dq
     torch.addcmul(U, U, S, value=-1, out=grad)
     return value, U
 
@@ -156,6 +157,17 @@ def _slices(shape, size):
     step = max(1, size//max(r*c,1))
     return [(slice(i,min(b,i+step)), slice(0,r)) for i in range(0,b,step)]
 
+def _fresh(like:Tensor)->Tensor:
+    "Memory for a gradient of `like`. The C library maps blocks over 32 MB anew at every step; huge pages make that cheap (Linux)."
+    n = like.numel()*like.element_size()
+    if like.device.type == 'cpu' and n > 32 << 20 and hasattr(mmap, 'MADV_HUGEPAGE'):
+        try:
+            pages = mmap.mmap(-1, n, flags=mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS)
+            pages.madvise(mmap.MADV_HUGEPAGE)
+            return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)   # keeps the mapping alive as long as the tensor
+        except OSError: pass                                              # a kernel without huge pages
+    return torch.empty_like(like)
+
 @torch.no_grad()
 def dense_negative(
     preds:Predictions,
@@ -169,11 +181,11 @@ def dense_negative(
     on_cpu = first.device.type == 'cpu'
     block = block or (BLOCK if on_cpu else 1 << 23)
     total = torch.zeros((), dtype=torch.float64 if on_cpu else first.dtype, device=first.device)
-    o = None if obj_logits is None else obj_logits.sigmoid()
+    minus_o = None if obj_logits is None else obj_logits.sigmoid().neg_()
     obj_high = obj_logits is None or (on_cpu and obj_logits.numel() and obj_logits.amax().item() > SATURATED)
     buf = _Buffers(first, min(max(block, max(b[0,0].numel() for b in preds.cls_blocks)), max(b.numel() for b in preds.cls_blocks))) \
         if on_cpu and first.dtype == torch.float32 else None
-    grads = [torch.empty_like(b) for b in preds.cls_blocks] if need_grad else None
+    grads = [_fresh(b) for b in preds.cls_blocks] if need_grad else None
     go = torch.zeros_like(obj_logits) if need_grad and obj_logits is not None else None
     start = 0
     for i,(x,class_first) in enumerate(zip(preds.cls_blocks, preds.class_first)):
@@ -183,14 +195,14 @@ def dense_negative(
             where = (sb, slice(start,start+cells)) if class_first else (sb, slice(start+sr.start,start+sr.stop))
             at = lambda t: None if t is None else t[where].unsqueeze(1 if class_first else 2)
             fast = buf is not None and not (obj_high and part.numel() and part.amax().item() > SATURATED)
-            value, slope = (_fast_block if fast else _exact_block)(part, at(o if fast else obj_logits), scale, buf, grads[i][sb,sr] if need_grad else None)
+            value, slope = (_fast_block if fast else _exact_block)(part, at(minus_o if fast else obj_logits), scale, buf, grads[i][sb,sr] if need_grad else None)
             total += value
             if slope is not None and go is not None: go[where] += slope.sum(1 if class_first else 2)
         start += cells
     if go is not None: go.mul_(torch.sigmoid(-obj_logits))
     return total.to(first.dtype), grads, go
 
-# %% ../nbs/02_losses.ipynb #c030
+# %% ../nbs/02_losses.ipynb #c031
 class _Reader:
     "Where each pair's logit stands in the class blocks, and the dense gradient while it waits for the backward pass."
     # Apart from ClassTable, so that autograd's graph never points back at its own outputs: such a cycle keeps every gradient alive until a garbage collection.
@@ -259,7 +271,7 @@ class _DenseNegative(torch.autograd.Function):
         go, = ctx.saved_tensors
         return None, g, None if go is None else go*g, None
 
-# %% ../nbs/02_losses.ipynb #c031
+# %% ../nbs/02_losses.ipynb #c032
 class ClassTable:
     "The class logits of a batch, read at the pairs of their objects' classes and summed as negatives."
     def __init__(self,
