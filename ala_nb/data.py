@@ -9,7 +9,7 @@ __all__ = ['SHAPES', 'SHAPES_VERSION', 'Bits', 'on_shape', 'extreme_points', 'sh
            'clip_boxes', 'FolderDataset', 'pick_split', 'read_text', 'read_json', 'find_image', 'map_classes',
            'coco_splits', 'coco_images', 'read_coco', 'coco_object', 'voc_splits', 'voc_object', 'read_voc_xml',
            'voc_classes', 'read_voc', 'crowdhuman_splits', 'crowdhuman_object', 'read_crowdhuman', 'recognise',
-           'check_images', 'load_folder', 'need_objects', 'load_dataset', 'save_coco', 'ShortSide', 'Transforms',
+           'check_images', 'need_objects', 'load_folder', 'load_dataset', 'save_coco', 'ShortSide', 'Transforms',
            'train_transforms', 'eval_transforms', 'item_seed', 'Items', 'BatchOrder', 'collate', 'Loader',
            'make_loader']
 
@@ -17,7 +17,7 @@ __all__ = ['SHAPES', 'SHAPES_VERSION', 'Bits', 'on_shape', 'extreme_points', 'sh
 import difflib, json, math, os, re, signal
 import xml.etree.ElementTree as ET
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from .geometry import InputError
+from .geometry import InputError, box_area
 
 # %% ../nbs/04_data.ipynb #c005
 class Bits:
@@ -152,14 +152,19 @@ class ShapesConfig:
 
     def __post_init__(self):
         set_ = lambda k,v: object.__setattr__(self, k, v)                            # lists (from JSON) become tuples
-        for k in ('classes','objects','sides','contrast'): set_(k, tuple(getattr(self,k)))
-        s = self.image_size; set_('image_size', s if isinstance(s,int) else tuple(s))
+        for k in ('classes','objects','sides','contrast','image_size'):
+            v = getattr(self, k)
+            if isinstance(v, list): set_(k, tuple(v))
+            pair = isinstance(v, (tuple,list)) and len(v)==2
+            if k not in ('classes','image_size') and not pair: raise InputError(f'{k}: {v} must be two numbers, from and to')
+        s = self.image_size
         unknown = [c for c in self.classes if c not in SHAPES]
         lo,hi = self.sides[0], self.sides[1]*min(self.hw)
-        for bad,what in [(unknown, f'classes: no shape {unknown}; there are {", ".join(SHAPES)}'), (not self.classes, 'classes: name at least one'),
+        for bad,what in [(unknown, f'classes: no shape {unknown}; there are {", ".join(SHAPES)}'),
+                         (not self.classes, 'classes: name at least one'),
                          (min(self.hw)<16, f'image_size: {s} px is too small; take 16 or more'),
                          (not 1<=self.objects[0]<=self.objects[1]<=20000, f'objects: {self.objects} must be 1 <= fewest <= most <= 20000'),
-                         (not 2<=lo<=hi<=min(self.hw), f'sides: {self.sides} gives {lo:g} to {hi:g} px; need 2 px <= shortest <= longest <= image'),
+                         (not 2<=lo<=hi<=min(self.hw), f'sides: {self.sides} is {lo:g} to {hi:g} px; need 2 <= from <= to <= image'),
                          (self.aspect<1, f'aspect: {self.aspect} is below 1')]:
             if bad: raise InputError(what)
     @property
@@ -232,7 +237,7 @@ def place_object(bits, cfg, wh, boxes, owner, full, seen):
 def draw_scene(
     cfg:ShapesConfig, # how it looks
     *key:int,         # seed, split, index: integers >= 0
-)->dict: # image (3,H,W) uint8, boxes (G,4) float32 xyxy px, labels (G,) int64, owner (H,W) int16, visible (G,) share of each object in sight
+)->dict: # image (3,H,W) uint8, boxes (G,4) float32 xyxy px, labels (G,) int64, owner (H,W) int16, visible (G,) share in sight
     "Draw one image of `shapes`: a pure function of the configuration and the key."
     bits, f = Bits(*key), np.float32
     img, base = draw_background(bits, cfg)
@@ -248,11 +253,12 @@ def draw_scene(
         seen[:k] -= hides; full[k] = seen[k] = mine.sum(); owner[win][mine] = k
         flat = base + colour(bits)*f(bits.uniform(*cfg.contrast))
         paint = flat + texture(bits, *cover.shape)*colour(bits)*f(bits.uniform()*cfg.texture)
-        crop = img[:,win[0],win[1]]; crop += cover*f(.25)*(paint-crop)
+        crop = img[:,win[0],win[1]]; crop += cover.astype(f)*f(.25)*(paint-crop)
         k += 1
     for _ in range(bits.integer(0, cfg.clutter//2)): draw_stroke(bits, cfg, img, base)
-    a,b = bits.bytes(2, *img.shape)                                        # the difference of two uniform bytes: triangular, deviation 255/sqrt(6)
-    img += (a.astype(np.int16)-b)*f(cfg.noise*6**.5/255)
+    # the difference of two uniform bytes: triangular, deviation 255/sqrt(6)
+    a,b = bits.bytes(2, *img.shape)
+    img += (a.astype(f)-b)*f(cfg.noise*6**.5/255)
     img = (img.clip(0,255) + f(.5)).astype(np.uint8)
     return dict(image=img, boxes=boxes[:k].astype(f), labels=labels[:k], owner=owner, visible=seen[:k]/full[:k].clip(1))
 
@@ -298,11 +304,11 @@ class DetectionDataset(Dataset):
         return tv_tensors.Image(image), dict(target, image_id=self.ids[i], file=str(self.files[i]))
     def summary(self):
         "One line about what was read and what was amended."
-        r = {k:v for k,v in self.report.items() if v and k not in ('images','objects')}
-        words = dict(crowd='crowd or difficult', clipped='clipped to their image', dropped_size='dropped: no width or height', dropped_outside='dropped: outside their image',
-                     empty='images without objects')
-        more = '; '.join(f'{v} {words[k]}' for k,v in r.items())
-        return f'{self.name} {self.split}: {len(self)} images, {self.report.get("objects","drawn")} objects, {len(self.classes)} classes' + (f' ({more})' if more else '')
+        words = dict(crowd='crowd or difficult', clipped='clipped to their image', dropped_size='dropped: no width or height',
+                     dropped_outside='dropped: outside their image', empty='images without objects')
+        more = '; '.join(f'{self.report[k]} {w}' for k,w in words.items() if self.report.get(k))
+        objects = f'{self.report["objects"]} objects, ' if 'objects' in self.report else ''
+        return f'{self.name} {self.split}: {len(self)} images, {objects}{len(self.classes)} classes' + (f' ({more})' if more else '')
     def __repr__(self): return f'{type(self).__name__}({self.name}, {self.split}: {len(self)} images, {len(self.classes)} classes)'
 
 # %% ../nbs/04_data.ipynb #c032
@@ -323,7 +329,8 @@ class ShapesDataset(DetectionDataset):
         Bits(seed)                                                          # says what is wrong with a negative seed
         self.kept = n*3*math.prod(self.config.hw)<=keep
         k = self.config.classes
-        super().__init__('shapes', split, k, range(1,len(k)+1), [self.config.hw]*n, list(range(n)), [f'shapes/{split}/{i:05d}' for i in range(n)])
+        super().__init__('shapes', split, k, range(1,len(k)+1), [self.config.hw]*n, list(range(n)),
+                         [f'shapes/{split}/{i:05d}' for i in range(n)])
         self._images, self._rest = None, {}
 
     def _scene(self, i):
@@ -341,7 +348,7 @@ class ShapesDataset(DetectionDataset):
         return torch.from_numpy(self._images[i if self.kept else 0]).clone()
     def objects(self, i):
         s = self._scene(i); b = s['boxes']
-        t = dict(boxes=b.clone(), labels=s['labels'].clone(), crowd=torch.zeros(len(b), dtype=torch.bool), area=(b[:,2]-b[:,0])*(b[:,3]-b[:,1]))
+        t = dict(boxes=b.clone(), labels=s['labels'].clone(), crowd=torch.zeros(len(b), dtype=torch.bool), area=box_area(b))
         if self.masks: t['masks'] = tv_tensors.Mask((s['owner']==torch.arange(len(b))[:,None,None]).to(torch.uint8))
         return t
     def prepare(self):
@@ -352,8 +359,14 @@ class ShapesDataset(DetectionDataset):
 def _eight_bits(im):
     "A grey image of more than 8 bits, scaled to 8."
     a = np.asarray(im).astype(np.float64)
-    top = 65535. if im.mode.startswith('I;16') else next((t for t in ((1.,255.,65535.) if im.mode=='F' else (65535.,)) if a.max(initial=0)<=t), 2.**32-1)
+    ranges = dict(F=(1.,255.,65535.), I=(65535.,)).get(im.mode, ())        # I;16 is 16 bits; for F and I the smallest range that holds them
+    top = next((t for t in ranges if a.max(initial=0)<=t), 2.**32-1) if ranges else 65535.
     return Image.fromarray((np.nan_to_num(a).clip(0,top)*(255/top)+.5).astype(np.uint8))
+
+def _orientation(im):
+    "EXIF orientation 1 ... 8; unreadable EXIF is none."
+    try: return im.getexif().get(0x112, 1)
+    except Exception: return 1
 
 def read_image(
     file, # path
@@ -362,17 +375,20 @@ def read_image(
     "Decode an image file of any kind to RGB bytes."
     try:
         with Image.open(file) as im:
-            stored = (im.height, im.width)
-            turned = ImageOps.exif_transpose(im)
-            im = im if size and tuple(size)!=(turned.height,turned.width) and tuple(size)==stored else turned
+            stored, info = (im.height, im.width), im.info
+            if _orientation(im)!=1:
+                turned = ImageOps.exif_transpose(im)
+                if not size or tuple(size)!=stored or stored==(turned.height, turned.width): im = turned
             if im.mode[0] in 'IF': im = _eight_bits(im)
-            if im.mode=='P' and 'transparency' in im.info: im = im.convert('RGBA')
-            a = np.array(im.convert('RGB'))
+            if im.mode=='P' and 'transparency' in info: im = im.convert('RGBA')
+            a = np.array(im if im.mode=='RGB' else im.convert('RGB'))
     except FileNotFoundError: raise InputError(f'{file}: no such image; correct the annotation or bring the file back') from None
-    except Exception as e: raise InputError(f'{file}: cannot be read as an image ({_line(e)}); replace the file or take it out of the annotations') from None
+    except Exception as e:
+        raise InputError(f'{file}: cannot be read as an image ({_line(e)}); replace the file or take it out of the annotations') from None
     if size and tuple(size)!=a.shape[:2]:
-        raise InputError(f'{file}: is {a.shape[1]}x{a.shape[0]} px, its annotation says {size[1]}x{size[0]}; correct width and height, and see whether the boxes fit')
-    return torch.from_numpy(a).permute(2,0,1).contiguous()
+        raise InputError(f'{file}: is {a.shape[1]}x{a.shape[0]} px, its annotation says {size[1]}x{size[0]}; '
+                         f'correct width and height, and see whether the boxes fit')
+    return torch.from_numpy(a).permute(2,0,1)                               # stored channels last, which torch resizes fastest
 
 def _line(e): return ' '.join(str(e).split())[:200] or type(e).__name__
 
@@ -382,20 +398,21 @@ def probe_image(file)->tuple: # (H, W) upright, (H, W) as stored
     try:
         with Image.open(file) as im:
             stored, fmt = (im.height, im.width), im.format
-            turn = (fmt!='PNG' or 'exif' in im.info) and im.getexif().get(0x112,1) in (5,6,7,8)     # PNG: asking for EXIF would decode it
+            turn = (fmt!='PNG' or 'exif' in im.info) and _orientation(im) in (5,6,7,8)     # PNG: asking for EXIF would decode it
         with open(file,'rb') as f:
             n = f.seek(0,2); f.seek(max(0,n-16)); tail = f.read()
             f.seek(4); riff = int.from_bytes(f.read(4),'little')+8
         whole = {'JPEG':tail.rstrip(b'\0').endswith(b'\xff\xd9'), 'PNG':b'IEND' in tail, 'WEBP':riff<=n}.get(fmt, False)
     except FileNotFoundError: raise InputError(f'{file}: no such image; correct the annotation or bring the file back') from None
-    except Exception as e: raise InputError(f'{file}: cannot be read as an image ({_line(e)}); replace the file or take it out of the annotations') from None
+    except Exception as e:
+        raise InputError(f'{file}: cannot be read as an image ({_line(e)}); replace the file or take it out of the annotations') from None
     if not whole: read_image(file)
     return stored[::-1] if turn else stored, stored
 
 # %% ../nbs/04_data.ipynb #c053
 @dataclass
 class Annotations:
-    "What a reader found. One entry an image: files, ids, sizes ((H, W) or None); one an object: image (index), label, bbox (xywh px), crowd, area."
+    "What a reader found: an entry an image (files, ids, sizes (H, W) or None), an entry an object (image index, label, bbox xywh px, ...)."
     form:str; classes:list; category_ids:list
     files:list=field(default_factory=list); ids:list=field(default_factory=list); sizes:list=field(default_factory=list)
     image:list=field(default_factory=list); label:list=field(default_factory=list); bbox:list=field(default_factory=list)
@@ -425,8 +442,9 @@ def clip_boxes(
     wh = sizes[:,::-1]
     box = np.concatenate([xywh[:,:2], xywh[:,:2]+xywh[:,2:]], 1)
     inside = np.clip(box, 0, np.tile(wh,2)).astype(np.float32)
-    flat = (xywh[:,2:]<=0).any(1)
-    gone = ~flat & (inside[:,2:]<=inside[:,:2]).any(1)
+    beside = ((box[:,2:]<=0) | (box[:,:2]>=wh)).any(1)
+    flat = (xywh[:,2:]<=0).any(1) | ~beside & (inside[:,2:]<=inside[:,:2]).any(1)   # also what is too thin for float32
+    gone = beside & ~flat
     clipped = (np.abs(inside-box)>.05).any(1) & ~flat & ~gone               # COCO's own boxes exceed by rounding, up to 0.01 px
     return inside, clipped, flat, gone
 
@@ -438,7 +456,8 @@ class FolderDataset(DetectionDataset):
         boxes, clipped, flat, gone = clip_boxes(bbox, np.array(found.sizes).reshape(-1,2)[image])
         rows = np.flatnonzero(~flat & ~gone); rows = rows[np.argsort(image[rows], kind='stable')]
         self.form, self._bbox, self._boxes = found.form, bbox[rows], boxes[rows]
-        self._label, self._crowd, self._area = (np.array(x, t)[rows] for x,t in ((found.label,np.int64),(found.crowd,bool),(found.area,np.float64)))
+        self._label, self._crowd = np.array(found.label, np.int64)[rows], np.array(found.crowd, bool)[rows]
+        self._area = np.array(found.area, np.float64)[rows]
         self._first = np.searchsorted(image[rows], np.arange(n+1))
         report = dict(images=n, objects=len(rows), crowd=int(self._crowd.sum()), clipped=int(clipped.sum()), dropped_size=int(flat.sum()),
                       dropped_outside=int(gone.sum()), empty=int((np.diff(self._first)==0).sum()))
@@ -470,7 +489,8 @@ def pick_split(
         if n in there: return n
     dated = [k for k in there if re.fullmatch(rf'({"|".join(map(re.escape,names))})[-_]?\d{{2,4}}', k)]
     if len(dated)==1: return dated[0]
-    raise InputError(f'{root}: {"several splits are called" if dated else "no split"} {split!r}; take one of {", ".join(dated or sorted(there))}')
+    raise InputError(f'{root}: {"several splits are called" if dated else "no split"} {split!r}; '
+                     f'take one of {", ".join(dated or sorted(there))}')
 
 def read_text(file)->str:
     "A text file, or an InputError."
@@ -518,7 +538,8 @@ def coco_images(rows, file, folders, out:Annotations)->dict:
             raise InputError(f'{where} needs an integer id and a file_name; export the file again')
         if r['id'] in index: raise InputError(f'{where}: id {r["id"]} is also that of images[{index[r["id"]]}]; make ids unique')
         h,w = (int(v) if isinstance(v,float) and v.is_integer() else v for v in (r.get('height'), r.get('width')))
-        if (h,w)!=(None,None) and not (is_int(h) and is_int(w) and h>0 and w>0): raise InputError(f'{where}: width {w}, height {h} must be positive integers')
+        if (h,w)!=(None,None) and not (is_int(h) and is_int(w) and h>0 and w>0):
+            raise InputError(f'{where}: width {w}, height {h} must be positive integers')
         path = find_image(r['file_name'], folders, f'{where}.file_name')
         base = path.parents[len(Path(r['file_name']).parts)-1]
         if base in folders: folders.remove(base); folders.insert(0, base)                      # the next one is most likely there too
@@ -530,9 +551,11 @@ def read_coco(root, file, split, classes=None)->Annotations:
     "Read COCO JSON."
     d = read_json(read_text(file), file)
     for k in ('images','annotations','categories'):
-        if not isinstance(d,dict) or not isinstance(d.get(k),list): raise InputError(f'{file}: no list {k!r}, so this is no COCO detection file; export it again')
+        if not isinstance(d,dict) or not isinstance(d.get(k),list):
+            raise InputError(f'{file}: no list {k!r}, so this is no COCO detection file; export it again')
     for n,c in enumerate(d['categories']):
-        if not isinstance(c,dict) or type(c.get('id')) is not int or 'name' not in c: raise InputError(f'{file}: categories[{n}] needs an integer id and a name')
+        if not isinstance(c,dict) or type(c.get('id')) is not int or 'name' not in c:
+            raise InputError(f'{file}: categories[{n}] needs an integer id and a name')
     names = {c['id']:str(c['name']) for c in d['categories']}
     if len(names)<len(d['categories']): raise InputError(f'{file}: two categories share an id; make ids unique')
     classes, ids, label = map_classes(names, classes)
@@ -548,15 +571,20 @@ def coco_object(a, where, index, names, label, out):
     if not isinstance(a,dict): raise InputError(f'{where} is no object; export the file again')
     if 'id' in a: where += f' (id {a["id"]})'
     i, c = a.get('image_id'), a.get('category_id')
-    if isinstance(i,(list,dict)) or i not in index: raise InputError(f'{where}: image_id {i} is not among the images; add the image or remove the annotation')
-    if isinstance(c,(list,dict)) or c not in names: raise InputError(f'{where}: category_id {c} is not declared in categories ({str(names)[1:-1][:80]}); declare or correct it')
-    if label[c] is None: raise InputError(f'{where}: category {names[c]!r} is not among the classes {", ".join(out.classes)[:80]}; use the same categories in all splits')
+    if isinstance(i,(list,dict)) or i not in index:
+        raise InputError(f'{where}: image_id {i} is not among the images; add the image or remove the annotation')
+    if isinstance(c,(list,dict)) or c not in names:
+        raise InputError(f'{where}: category_id {c} is not declared in categories ({str(names)[1:-1][:80]}); declare or correct it')
+    if label[c] is None:
+        raise InputError(f'{where}: category {names[c]!r} is not among the classes {", ".join(out.classes)[:80]}; '
+                         f'use the same categories in all splits')
     if 'bbox' not in a: raise InputError(f'{where} has no bbox; add one or remove the annotation')
     box, area = check_box(a['bbox'], f'{where}.bbox'), a.get('area')
-    if area is not None and not (isinstance(area,(int,float)) and abs(area)<1e18): raise InputError(f'{where}.area is {area}; correct or remove it')
+    if area is not None and not (isinstance(area,(int,float)) and abs(area)<1e18):
+        raise InputError(f'{where}.area is {area}; correct or remove it')
     out.put(index[i], label[c], box, a.get('iscrowd',0), area)
 
-# %% ../nbs/04_data.ipynb #c064
+# %% ../nbs/04_data.ipynb #c065
 def voc_splits(root:Path)->dict:
     "Split -> list file, or folder of XML files, of a VOC-like folder."
     out = {f.stem:f for f in sorted(root.glob('ImageSets/Main/*.txt'))} if (root/'Annotations').is_dir() else {}
@@ -585,6 +613,7 @@ def read_voc_xml(file, one_based=True):
     size = tuple(int(float(s)) for s in size) if all(re.fullmatch(r'\d+(\.0*)?', s) for s in size) else (0,0)
     return size if min(size)>0 else None, [voc_object(o, f'{file}: object {n}', one_based) for n,o in enumerate(tree.findall('object'))]
 
+# %% ../nbs/04_data.ipynb #c066
 def voc_classes(root, folder)->list:
     "The class names of a VOC folder: lines of classes.txt (labels.txt), else those found in all its files, sorted."
     for f in (root/'classes.txt', root/'labels.txt'):
@@ -611,15 +640,18 @@ def read_voc(root, where, split, classes=None, one_based=True)->Annotations:
     out = Annotations('voc', classes, list(range(1, len(classes)+1)))
     for n,x in enumerate(xmls):
         if not x.is_file(): raise InputError(f'{entry(n)}: there is no {x}; bring the annotation or remove the line')
-        if x.stem not in images: raise InputError(f'{x}: its image {x.stem}.jpg is not in {folder}; bring the image or remove the annotation')
+        if x.stem not in images:
+            raise InputError(f'{x}: its image {x.stem}.jpg is not in {folder}; bring the image or remove the annotation')
         size, objects = read_voc_xml(x, one_based)
         out.files.append(images[x.stem]); out.ids.append(n); out.sizes.append(size)
         for k,(name,box,difficult) in enumerate(objects):
-            if name not in label: raise InputError(f'{x}: object {k}: class {name!r} is not among the classes {", ".join(classes)[:80]}; correct it or the list of classes')
+            if name not in label:
+                raise InputError(f'{x}: object {k}: class {name!r} is not among the classes {", ".join(classes)[:80]}; '
+                                 f'correct it or the list of classes')
             out.add(label[name], box, difficult)
     return out
 
-# %% ../nbs/04_data.ipynb #c067
+# %% ../nbs/04_data.ipynb #c069
 def crowdhuman_splits(root:Path)->dict:
     "Split -> odgt file of a CrowdHuman folder."
     return {f.stem[11:]:f for f in sorted(root.glob('annotation_*.odgt'))}
@@ -648,7 +680,7 @@ def read_crowdhuman(root, file, split, classes=None, box='fbox')->Annotations:
         for k,g in enumerate(d['gtboxes']): crowdhuman_object(g, f'{where}: gtboxes[{k}]', box, out)
     return out
 
-# %% ../nbs/04_data.ipynb #c069
+# %% ../nbs/04_data.ipynb #c072
 _forms = dict(coco=(coco_splits, read_coco), voc=(voc_splits, read_voc), crowdhuman=(crowdhuman_splits, read_crowdhuman))
 
 def _check_options(options, known, whose):
@@ -665,8 +697,9 @@ def recognise(root:Path)->list:
     if (root/'Annotations').is_dir() and (root/'JPEGImages').is_dir():
         raise InputError(f'{root}: has VOC annotations but no split; list image names, a line each, in ImageSets/Main/train.txt')
     below = [d.name for d in sorted(root.iterdir()) if d.is_dir() and any(splits(d) for splits,_ in _forms.values())]
-    hint = f'; did you mean {root/below[0]}?' if below else ''
-    raise InputError(f'{root}: no data set: neither annotations/instances_*.json (COCO) nor ImageSets/Main/*.txt (VOC) nor annotation_*.odgt (CrowdHuman){hint or "; see the table of layouts"}')
+    hint = f'did you mean {root/below[0]}?' if below else 'see the table of layouts in the documentation of ala_nb.data'
+    raise InputError(f'{root}: no data set: neither annotations/instances_*.json (COCO) nor ImageSets/Main/*.txt (VOC) '
+                     f'nor annotation_*.odgt (CrowdHuman); {hint}')
 
 def check_images(found:Annotations, verify=True):
     "Fill in sizes that annotations do not give; with `verify` see that every image is whole and has the size that they do give."
@@ -674,7 +707,15 @@ def check_images(found:Annotations, verify=True):
         if size and not verify: continue
         upright, stored = probe_image(f)
         if size is None: found.sizes[i] = upright
-        elif size not in (upright, stored): raise InputError(f'{f}: is {upright[1]}x{upright[0]} px, its annotation says {size[1]}x{size[0]}; correct width and height, and see whether the boxes fit')
+        elif size not in (upright, stored):
+            raise InputError(f'{f}: is {upright[1]}x{upright[0]} px, its annotation says {size[1]}x{size[0]}; '
+                             f'correct width and height, and see whether the boxes fit')
+
+# %% ../nbs/04_data.ipynb #c073
+def need_objects(ds):
+    "An InputError if there is nothing to learn."
+    if ds.report.get('objects',1)<=ds.report.get('crowd',0):
+        raise InputError(f'{ds.name}: the {ds.split} split has {len(ds)} images and no object to learn from ({ds.report}); annotate some')
 
 def load_folder(
     root:Path,        # the data set
@@ -686,7 +727,8 @@ def load_folder(
 )->FolderDataset:
     "Read a folder."
     forms = recognise(root)
-    if format is not None and format not in forms: raise InputError(f'format: {format!r} is not what {root} holds; take {" or ".join(forms)}')
+    if format is not None and format not in forms:
+        raise InputError(f'format: {format!r} is not what {root} holds; take {" or ".join(forms)}')
     form = format or forms[0]
     splits, reader = _forms[form]
     _check_options(options, dict(voc=['one_based'], crowdhuman=['box']).get(form, [])+['format','classes','verify'], form)
@@ -698,11 +740,6 @@ def load_folder(
     if key.startswith('train'): need_objects(ds)
     return ds
 
-def need_objects(ds):
-    "An InputError if there is nothing to learn."
-    if ds.report.get('objects',1)<=ds.report.get('crowd',0):
-        raise InputError(f'{ds.name}: the {ds.split} split has {len(ds)} images and no object to learn from ({ds.report}); annotate some')
-
 def load_dataset(
     source,        # 'shapes' or a folder
     split='train', # train, val, test, or what the folder calls it
@@ -710,12 +747,12 @@ def load_dataset(
 )->DetectionDataset:
     "The embedded set by name, or a data set in a folder."
     if str(source)!='shapes': return load_folder(Path(source), split, **options)
-    mine, look = ('n','seed','masks','keep','config'), [f.name for f in fields(ShapesConfig)]
-    _check_options(options, [*mine, *look], 'shapes')
-    cfg = {k:v for k,v in options.items() if k in look}
-    return ShapesDataset(split, **{k:v for k,v in options.items() if k in mine}, **(dict(config=ShapesConfig(**cfg)) if cfg else {}))
+    look = [f.name for f in fields(ShapesConfig)]
+    _check_options(options, ['n','seed','masks','keep','config',*look], 'shapes')
+    looks = {k:options.pop(k) for k in look if k in options}
+    return ShapesDataset(split, **dict(options, config=replace(options.get('config') or ShapesConfig(), **looks)))
 
-# %% ../nbs/04_data.ipynb #c074
+# %% ../nbs/04_data.ipynb #c078
 def save_coco(
     ds:DetectionDataset, # any data set
     folder,              # where to; several splits may share one
@@ -732,7 +769,7 @@ def save_coco(
     gt['annotations'] = [a for a in gt['annotations'] if a['image_id'] in ids]
     (folder/'annotations'/f'instances_{ds.split}.json').write_text(json.dumps(gt))
 
-# %% ../nbs/04_data.ipynb #c077
+# %% ../nbs/04_data.ipynb #c081
 class ShortSide(v2.Transform):
     "Resize so that the short side is one of `sizes` px (drawn at random), or less where the long side would exceed `max_size`."
     def __init__(self, sizes, max_size=None):
@@ -758,11 +795,12 @@ class Transforms(nn.Module):
     def forward(self, image, target=None):
         if not isinstance(image, tv_tensors.Image): image = tv_tensors.Image(image)     # a plain tensor or a PIL image
         before = tuple(image.shape[-2:])
-        if target is not None: target = dict(target); boxes = target['boxes']; area = _area(boxes)
+        if target is not None: target = dict(target); boxes = target['boxes']; area = box_area(boxes.as_subclass(Tensor))
         for step in self.steps: image, target = step(image, target) if target is not None else (step(image), None)
         image = v2.functional.to_dtype(image, torch.float32, scale=True)
         if target is None: return image
-        if len(target['boxes'])!=len(area): raise InputError('transforms: a step dropped boxes but not what belongs to them; leave dropping to Transforms(min_size=)')
+        if len(target['boxes'])!=len(area):
+            raise InputError('transforms: a step dropped boxes but not what belongs to them; leave dropping to Transforms(min_size=)')
         self.finish(target, tuple(image.shape[-2:]), area)
         return image, dict(target, orig_size=before, size=tuple(image.shape[-2:]))
     def finish(self, target, size, area):
@@ -770,17 +808,15 @@ class Transforms(nn.Module):
         b = target['boxes'].as_subclass(Tensor)
         limit = b.new_tensor(size[::-1]*2)
         b = torch.minimum(b.clamp(min=0), limit)
-        if 'area' in target: target['area'] = target['area']*_area(b)/area.clamp(min=1e-9)
+        if 'area' in target: target['area'] = target['area']*box_area(b)/area.clamp(min=1e-9)
         keep = ((b[:,2:]-b[:,:2])>=self.min_size).all(1)
         target['boxes'] = b
         if not keep.all():
             for k in _per_object:
-                if k in target: v = target[k]; target[k] = tv_tensors.wrap(v[keep], like=v) if isinstance(v, tv_tensors.TVTensor) else v[keep]
+                if k in target: target[k] = tv_tensors.wrap(target[k][keep], like=target[k]) if k=='masks' else target[k][keep]
         target['boxes'] = tv_tensors.BoundingBoxes(target['boxes'], format='XYXY', canvas_size=size)
 
-def _area(b): b = b.as_subclass(Tensor); return (b[:,2]-b[:,0])*(b[:,3]-b[:,1])
-
-# %% ../nbs/04_data.ipynb #c080
+# %% ../nbs/04_data.ipynb #c084
 def train_transforms(
     size:int=None,     # px, short side; None leaves images as they are
     max_size:int=None, # px, limit of the long side
@@ -801,7 +837,7 @@ def eval_transforms(
     "The same resizing without chance."
     return Transforms([ShortSide(size, max_size)] if size else [])
 
-# %% ../nbs/04_data.ipynb #c082
+# %% ../nbs/04_data.ipynb #c086
 @contextmanager
 def item_seed(*key):
     "Inside, torch's CPU generator is a function of `key` (integers >= 0) alone; afterwards it is what it was."
@@ -812,7 +848,7 @@ def item_seed(*key):
     finally: torch.set_rng_state(state)
 
 class Items(Dataset):
-    "Transformed items: `items[epoch, i]` is a pure function of (seed, epoch, i). Errors in the data are returned, not raised, to survive the way out of a worker."
+    "Transformed items: `items[epoch, i]` is a pure function of (seed, epoch, i). Errors in the data are returned, to leave a worker whole."
     def __init__(self, ds, transforms=None, seed=0, train=False):
         self.ds, self.seed, self.train = ds, seed, train
         self.transforms = transforms if isinstance(transforms, Transforms) else Transforms([] if transforms is None else [transforms])
@@ -828,7 +864,7 @@ class Items(Dataset):
             if not keep.all(): target.update({k:target[k][keep] for k in _per_object if k in target})
         return image.as_subclass(Tensor), target
 
-# %% ../nbs/04_data.ipynb #c086
+# %% ../nbs/04_data.ipynb #c090
 class BatchOrder(Sampler):
     "Batches of (epoch, index) for an epoch, a pure function of (seed, epoch); `start` batches are skipped, once."
     def __init__(self,
@@ -856,14 +892,15 @@ class BatchOrder(Sampler):
         if not (self.drop_last and full): full += [rest[i:i+b] for i in range(0, len(rest), b)]
         if self.shuffle:
             full = [full[i] for i in bits.permutation(len(full))]
-            if (short := -len(full)%self.world_size): full += (full*self.world_size)[:short]     # processes that train together make equally many steps
+            # processes that train together make equally many steps
+            if (short := -len(full)%self.world_size): full += (full*self.world_size)[:short]
         return full[self.rank::self.world_size]
     def __len__(self): return len(self.batches(0))
     def __iter__(self):
         epoch, start, self.start = self.epoch, self.start, 0
         for batch in self.batches(epoch)[start:]: yield [(epoch,i) for i in batch]
 
-# %% ../nbs/04_data.ipynb #c089
+# %% ../nbs/04_data.ipynb #c093
 def collate(items):
     "(list of images, list of targets), or the first error among the items."
     bad = next((x for x in items if isinstance(x, Exception)), None)
@@ -873,8 +910,12 @@ def _quiet_worker(_): signal.signal(signal.SIGINT, signal.SIG_IGN)           # C
 
 class Loader(DataLoader):
     "Batches of (images: list of float (3,H,W) 0 ... 1, targets: list of dicts); the order is that of `BatchOrder`."
-    def set_epoch(self, epoch:int): "The epoch of the next iteration: another order, other random draws."; self.batch_sampler.epoch = epoch
-    def start_at(self, batch:int): "Skip the first `batch` batches of the next iteration without loading them."; self.batch_sampler.start = batch
+    def set_epoch(self, epoch:int):
+        "The epoch of the next iteration: another order, other random draws."
+        self.batch_sampler.epoch = epoch
+    def start_at(self, batch:int):
+        "Skip the first `batch` batches of the next iteration without loading them."
+        self.batch_sampler.start = batch
     def __iter__(self):
         for batch in super().__iter__():
             if isinstance(batch, str): raise InputError(batch)
@@ -897,4 +938,5 @@ def make_loader(
     if workers: ds.prepare()
     order = BatchOrder(ds.sizes, batch_size, train, seed, group, drop_last, rank, world_size)
     return Loader(Items(ds, transforms, seed, train), batch_sampler=order, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
-                  persistent_workers=workers>0, worker_init_fn=_quiet_worker, generator=torch.Generator().manual_seed(0))   # its own generator: none of the model's chance is used up
+                  # its own generator: none of the model's chance is used up
+                  persistent_workers=workers>0, worker_init_fn=_quiet_worker, generator=torch.Generator().manual_seed(0))
