@@ -1,0 +1,497 @@
+"The detector: every part on its own, the whole in training and evaluation, its files."
+import json, re, warnings
+import pytest, torch, torchvision
+from torch import nn
+from ala_nb import detector as D
+from ala_nb.detector import Detector, Head, HeadSpec, Method, Predictions, load_detector, save_weights
+from ala_nb.geometry import InputError, boxes_to_distances, grid_points, level_sizes
+from ala_nb.methods import Assignment, build
+from ala_nb.pairs import inside_pairs
+
+class Toy(Method):
+    "Whatever head is asked for; a loss that reaches every output."
+    def __init__(self, num_classes=3, **spec): super().__init__(num_classes, HeadSpec(**spec))
+    def assign(self, preds, objects, progress):
+        losses = dict(cls=preds.cls_logits.sigmoid().mean(), box=preds.distances.mean()*.01)
+        for name in ('obj_logits', 'property_logits', 'pooled'):
+            if getattr(preds, name) is not None: losses[name] = getattr(preds, name).sigmoid().mean()
+        return Assignment(losses, inside_pairs(preds, objects))
+
+EVERYTHING = dict(third='objectness', third_convs=3, property_branch=True, pooled=True, refine='deform', box_activation='relu', box_bias=4.)
+
+def target(*rows, n=3):
+    t = torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)
+    return dict(boxes=t[:, :4], labels=t[:, 4].long())
+
+def loud(model, bias=-1.):
+    "An untrained detector whose scores pass the threshold."
+    nn.init.constant_(model.head.cls.bias, bias)
+    return model.eval()
+
+
+# ---- parts
+
+@pytest.mark.parametrize('name', ['tiny', 'resnet18', 'resnet34', 'resnet50', 'resnet101'])
+def test_every_backbone_trains_and_detects(name):
+    model = Detector(Toy(), name, 3, channels=16, head_convs=1)
+    losses = model([torch.rand(3, 64, 64)]*2, [target((4, 4, 40, 50, 1)), target()])
+    sum(losses.values()).backward()
+    assert all(v.isfinite() for v in losses.values())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    out, = model.eval()([torch.rand(3, 64, 64)])
+    assert set(out) == {'boxes', 'labels', 'scores'}
+
+@pytest.mark.parametrize('name', ['resnext101_64x4d', 'resnext101_32x8d'])
+def test_resnext_shapes(name):
+    with torch.device('meta'):
+        model = Detector(Toy(), name, 3)
+        levels = model.pyramid(model.body(torch.empty(1, 3, 96, 128)))
+    assert [tuple(m.shape) for m in levels] == [(1, 256, h, w) for h, w in level_sizes(96, 128)]
+    reference = torchvision.models.get_model_builder(name)
+    with torch.device('meta'): keys = set(reference(weights=None).state_dict())
+    assert set(model.body.state_dict()) == {k for k in keys if not k.startswith('fc.')}
+
+@pytest.mark.parametrize('norm', D.NORMS)
+@pytest.mark.parametrize('name', ['tiny', 'resnet18'])
+def test_norms_and_frozen_stages(name, norm):
+    model = Detector(Toy(), name, 3, channels=16, head_convs=1, norm=norm, trainable_layers=2)
+    kind = dict(batch=nn.BatchNorm2d, frozen=torchvision.ops.FrozenBatchNorm2d, group=nn.GroupNorm)[norm]
+    assert any(isinstance(m, kind) for m in model.body.modules())
+    first = [p for n in model.body.frozen for p in getattr(model.body, n).parameters()]
+    assert first and not any(p.requires_grad for p in first)
+    buffers = {k: v.clone() for k, v in model.body.named_buffers()}
+    sum(model.train()([torch.rand(3, 64, 64)], [target((1, 1, 9, 9, 0))]).values()).backward()
+    moved = {k.split('.')[0] for k, v in model.body.named_buffers() if not torch.equal(v, buffers[k])}
+    assert moved.isdisjoint(model.body.frozen) and bool(moved) == (norm == 'batch')
+    assert not any(p.grad is not None for p in first)
+
+@pytest.mark.parametrize('n', range(6))
+def test_trainable_layers_counts_from_the_last(n):
+    body = D.make_body('resnet18').freeze(n)
+    trained = {k.split('.')[0] for k, p in body.named_parameters() if p.requires_grad}
+    assert trained == {m for names in body.stages[5-n:] for m in names}
+
+@pytest.mark.parametrize('size', [(32, 32), (33, 65), (100, 120), (31, 257)])
+@pytest.mark.parametrize('name,strides', [('tiny', (8, 16, 32)), ('tiny', (4, 8, 16, 32, 64)), ('resnet18', (8, 16, 32, 64, 128)), ('resnet18', (16, 32))])
+def test_levels_have_the_sizes_that_geometry_says(name, strides, size):
+    model = Detector(Toy(), name, 3, channels=8, head_convs=0, strides=strides).eval()
+    preds, sizes = model.predict_maps([torch.rand(3, *size)])
+    assert sizes == [size] and preds.level_sizes == level_sizes(*D.padded(size, 32), strides)
+    assert preds.cls_logits.shape == (1, preds.n_locations, 3) and preds.distances.shape == (1, preds.n_locations, 4)
+    assert tuple(preds.level_strides) == strides
+
+@pytest.mark.parametrize('third', [None, 'objectness', 'centerness', 'iou'])
+@pytest.mark.parametrize('act,bias', [('exp', 0.), ('relu', 4.)])
+def test_head_is_what_the_sheet_says(third, act, bias):
+    spec = HeadSpec(third=third, third_convs=2 if third else 0, box_activation=act, box_bias=bias, cls_prior=.02, offset=0.)
+    head = Head(spec, 5, 32, 2, (8, 16))
+    preds = head([torch.randn(2, 32, 8, 8), torch.randn(2, 32, 4, 4)])
+    assert (preds.obj_logits is None) == (third is None)
+    assert abs(preds.cls_logits.sigmoid().mean() - .02) < .004
+    first = (preds.distances/preds.strides[:, None]).mean()
+    assert abs(first - (1 if act == 'exp' else 4)) < .1
+    assert preds.offset == 0 and preds.points[0].tolist() == [0, 0]
+    # a scale of a level multiplies what the activation sees
+    with torch.no_grad(): head.scales[1] = 0.
+    after = head([torch.randn(2, 32, 8, 8), torch.randn(2, 32, 4, 4)]).distances[:, 64:]
+    assert torch.all(after == (16. if act == 'exp' else 0.))
+
+def test_o2f_third_branch():
+    head = Head(HeadSpec(third='objectness', third_convs=3), 5, 256, 1, (8,))
+    convs = [m for m in head.third_tower if isinstance(m, nn.Conv2d)]
+    assert [(m.in_channels, m.out_channels, m.kernel_size) for m in convs] == [(256, 64, (3, 3)), (64, 64, (3, 3)), (64, 64, (3, 3))]
+    assert [m.num_groups for m in head.third_tower if isinstance(m, nn.GroupNorm)] == [32]*3 and head.third.in_channels == 64
+
+def test_head_starts_with_small_weights():
+    head = Head(HeadSpec(**EVERYTHING), 5, 256, 1, (8,))
+    for conv in (head.cls, head.box, head.third, head.shift, head.cls_tower[0], head.property.mix):
+        assert abs(float(conv.weight.detach().std()) - .01) < .002
+    assert torch.all(head.shift.bias == 0) and torch.all(head.box.bias == 4.)
+
+def test_huge_logits_stay_finite():
+    head = Head(HeadSpec(), 2, 16, 1, (8,))
+    nn.init.constant_(head.box.bias, 1e4)
+    preds = head([torch.randn(1, 16, 2, 2)])
+    assert preds.distances.isfinite().all()
+
+def test_pooled_and_property():
+    head = Head(HeadSpec(property_branch=True, pooled=True), 2, 16, 1, (8, 16))
+    levels = [torch.randn(2, 16, 6, 4), torch.randn(2, 16, 3, 2)]
+    preds = head(levels)
+    assert preds.property_logits.shape == (2, 2, 6, 4)       # two levels: the last one is the coarse one
+    torch.testing.assert_close(preds.pooled, torch.stack([m.mean((2, 3)) for m in levels], 1))
+    p = head.property
+    literal = p.mix(torch.cat([p.lateral(levels[0]), nn.functional.interpolate(levels[1], size=(6, 4), mode='bilinear', align_corners=False)], 1))
+    torch.testing.assert_close(preds.property_logits, literal, atol=1e-5, rtol=1e-4)
+
+
+# ---- refinement
+
+def slow_refine(d, z, stride, how):
+    "Location by location, by the words of the notebook."
+    _, _, h, w = d.shape
+    out = torch.zeros_like(d)
+    outward, axis = (-1, -1, 1, 1), (0, 1, 0, 1)
+    for b in range(len(d)):
+        for k in range(4):
+            for j in range(h):
+                for i in range(w):
+                    here = (i, j)
+                    at = [i + float(z[b, 2*k, j, i]), j + float(z[b, 2*k+1, j, i])]
+                    at[axis[k]] += outward[k]*float(d[b, k, j, i])/stride
+                    if how == 'bilinear': at = [min(max(at[0], 0), w-1), min(max(at[1], 0), h-1)]
+                    x0, y0 = int(at[0]//1), int(at[1]//1)
+                    side = 0.
+                    for y in (y0, y0+1):
+                        for x in (x0, x0+1):
+                            weight = (1-abs(at[0]-x))*(1-abs(at[1]-y))
+                            inside = 0 <= x < w and 0 <= y < h
+                            cell, (cx, cy) = ((x, y), (x, y)) if inside else (here, here)  # outside: the location itself
+                            said = float(d[b, k, cy, cx])/stride
+                            if how == 'bilinear': side += weight*said if weight else 0.
+                            else: side += weight*(cell[axis[k]] + outward[k]*said)
+                    dist = (outward[k]*(at[axis[k]]-here[axis[k]]) + side) if how == 'bilinear' else outward[k]*(side-here[axis[k]])
+                    out[b, k, j, i] = max(dist, 0)*stride
+    return out
+
+@pytest.mark.parametrize('how', ['deform', 'bilinear'])
+@pytest.mark.parametrize('size', [(5, 4), (1, 3), (1, 1)])
+def test_refinement_is_what_the_words_say(how, size):
+    d, z = torch.rand(2, 4, *size, dtype=torch.float64)*30, torch.randn(2, 8, *size, dtype=torch.float64)*2
+    torch.testing.assert_close(D.refine_distances(d, z, 8., how), slow_refine(d, z, 8., how), atol=1e-9, rtol=1e-9)
+
+@pytest.mark.parametrize('how', ['deform', 'bilinear'])
+def test_refinement_keeps_an_agreed_box_even_outside_the_map(how):
+    p = grid_points([(6, 7)], (8,))[0]
+    for box in ((-30., -3., 200., 100.), (1., -60., 59., 44.5)):
+        d = boxes_to_distances(p, torch.tensor(box)).t().reshape(1, 4, 6, 7)                # all locations are inside
+        torch.testing.assert_close(D.refine_distances(d, torch.randn(1, 8, 6, 7)*3, 8., how), d, atol=1e-3, rtol=1e-4)
+
+@pytest.mark.parametrize('how', ['deform', 'bilinear'])
+def test_refinement_gradients(how):
+    d, z = torch.rand(1, 4, 3, 3, dtype=torch.float64)*10+8, torch.rand(1, 8, 3, 3, dtype=torch.float64)*.3+.1
+    assert torch.autograd.gradcheck(lambda a, b: D.refine_distances(a, b, 8., how), (d.requires_grad_(), z.requires_grad_()), eps=1e-5, atol=1e-4)
+
+def test_refined_distances_are_what_the_detector_returns():
+    for how in ('deform', 'bilinear'):
+        model = Detector(Toy(refine=how, box_activation='relu', box_bias=4.), 'tiny', 3).train()
+        losses = model([torch.rand(3, 64, 64)], [target((1, 1, 30, 30, 0))])
+        sum(losses.values()).backward()
+        assert model.head.shift.weight.grad.abs().sum() > 0
+        assert (model.eval().predict_maps([torch.rand(3, 64, 64)])[0].distances >= 0).all()
+
+
+# ---- in and out
+
+@pytest.mark.parametrize('bad,words', [
+    (dict(boxes=torch.tensor([[0., 0, float('nan'), 4]])), 'not finite'), (dict(boxes=torch.tensor([[0., 0, float('inf'), 4]])), 'not finite'),
+    (dict(boxes=torch.tensor([[5., 0, 5, 4]])), 'positive width'), (dict(boxes=torch.tensor([[0., 4, 5, 3]])), 'positive width'),
+    (dict(boxes=torch.zeros(1, 5)), r'\(G, 4\)'), (dict(boxes=torch.zeros(2, 4)), 'do not fit'), (dict(boxes=[[0, 0, 1, 1]]), 'give a tensor'),
+    (dict(labels=torch.tensor([3])), 'label 3'), (dict(labels=torch.tensor([-1])), 'label -1'), (dict(labels=torch.tensor([1.])), 'int64')])
+def test_bad_targets_name_image_and_field(bad, words):
+    model, good = Detector(Toy(), 'tiny', 3), target((1, 1, 5, 5, 0))
+    for at in (0, 1):
+        targets = [good, good]; targets[at] = {**good, **bad}
+        with pytest.raises(InputError, match=rf'targets\[{at}\].*') as e: model([torch.rand(3, 32, 32)]*2, targets)
+        assert re.search(words, str(e.value)) and '\n' not in str(e.value)
+
+def test_the_faulty_box_is_counted_within_its_image():
+    with pytest.raises(InputError, match=r'targets\[2\]: box 1'):
+        D.check_targets([target((0, 0, 1, 1, 0)), target(), target((0, 0, 1, 1, 0), (3, 3, 2, 4, 0))], 3, 3)
+
+def test_missing_and_mismatched_targets():
+    model, im = Detector(Toy(), 'tiny', 3), torch.rand(3, 32, 32)
+    for targets, words in ((None, 'eval'), ([], 'for 1 images'), ([dict(boxes=torch.zeros(0, 4))], "no 'labels'")):
+        with pytest.raises(InputError, match=words): model([im], targets)
+
+@pytest.mark.parametrize('images,words', [([torch.rand(1, 8, 8)], r'images\[0\]'), ([torch.zeros(3, 8, 8, dtype=torch.uint8)], '255'), ([torch.rand(3, 0, 8)], r'images\[0\]'), (['a.jpg'], 'str')])
+def test_bad_images(images, words):
+    with pytest.raises(InputError, match=words): Detector(Toy(), 'tiny', 3).eval()(images)
+
+@pytest.mark.parametrize('empty', [target(), dict(boxes=torch.zeros(0), labels=torch.zeros(0)), dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))])
+def test_images_without_objects(empty):
+    model = Detector('fcos', 'tiny', 3)
+    for targets in ([empty, target((1, 1, 20, 20, 2))], [empty, empty]):
+        losses = model([torch.rand(3, 64, 64)]*2, targets); sum(losses.values()).backward()
+        assert all(v.isfinite() for v in losses.values())
+
+def test_no_images():
+    model = Detector(Toy(), 'tiny', 3)
+    assert model.eval()([]) == []
+    with pytest.raises(InputError, match='an empty list'): model.train()([], [])
+
+def test_a_picture_alone_and_in_company():
+    for name, spec in (('tiny', {}), ('resnet18', {}), ('tiny', EVERYTHING)):
+        model = loud(Detector(Toy(**spec), name, 3, channels=32, head_convs=1, score_threshold=.05))
+        images = [torch.rand(3, 64, 90), torch.rand(3, 33, 20), torch.rand(3, 61, 70), torch.rand(3, 64, 90)]
+        with torch.no_grad(): together, alone = model(images), [model([im])[0] for im in images]
+        for im, a, b in zip(images, together, alone):
+            assert len(a['scores']) == len(b['scores']) > 0
+            for k in a: torch.testing.assert_close(a[k], b[k], atol=1e-3 if k == 'boxes' else 1e-5, rtol=1e-5)
+            h, w = im.shape[1:]
+            assert a['boxes'].min() >= 0 and a['boxes'][:, 2].max() <= w and a['boxes'][:, 3].max() <= h
+            assert (a['boxes'][:, 2:] > a['boxes'][:, :2]).all() and (a['scores'].diff() <= 0).all()
+
+def dense_detections(preds, sizes, method, threshold, nms_threshold, topk, most, nms):
+    "The slow way: every box of every location and class."
+    out, scores = [], method.scores(preds)
+    for b, (h, w) in enumerate(sizes):
+        boxes, s, l = [], [], []
+        for a, z in zip(preds.level_starts, preds.level_starts[1:]):
+            flat = scores[b, a:z].reshape(-1)
+            best = flat.argsort(descending=True)[:topk]
+            best = best[flat[best] > threshold]
+            at, k = best//preds.n_classes, best % preds.n_classes
+            p, d = preds.points[a:z][at], preds.distances[b, a:z][at]
+            boxes.append(torch.stack([(p[:, 0]-d[:, 0]).clamp(0, w), (p[:, 1]-d[:, 1]).clamp(0, h), (p[:, 0]+d[:, 2]).clamp(0, w), (p[:, 1]+d[:, 3]).clamp(0, h)], 1))
+            s.append(flat[best]); l.append(k)
+        boxes, s, l = map(torch.cat, (boxes, s, l))
+        ok = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]); boxes, s, l = boxes[ok], s[ok], l[ok]
+        kept = []
+        for i in s.argsort(descending=True).tolist():
+            if not nms or all(l[j] != l[i] or torchvision.ops.box_iou(boxes[j][None], boxes[i][None]) <= nms_threshold for j in kept): kept.append(i)
+        kept = kept[:most]
+        out.append(dict(boxes=boxes[kept], labels=l[kept], scores=s[kept]))
+    return out
+
+@pytest.mark.parametrize('nms', [True, False])
+@pytest.mark.parametrize('third', [None, 'objectness'])
+@pytest.mark.parametrize('layout', ['maps', 'channels_last', 'flat'])
+def test_detections_equal_the_slow_way(nms, third, layout):
+    sizes, strides = level_sizes(32, 48, (8, 16)), (8, 16)
+    cls = [torch.randn(2, 3, h, w)-1 for h, w in sizes]; dist = [torch.rand(2, 4, h, w)*20 for h, w in sizes]
+    obj = [torch.randn(2, 1, h, w) for h, w in sizes] if third else None
+    if layout == 'channels_last': cls = [m.contiguous(memory_format=torch.channels_last) for m in cls]
+    preds = Predictions.from_maps(cls, dist, obj, strides)
+    if layout == 'flat': preds = Predictions(preds.cls_logits, preds.distances, preds.points, preds.strides, preds.obj_logits)
+    method, how = Toy(third=third), ([(30, 48), (32, 41)], 3)
+    a = D.detections(preds, how[0], method, nms, .1, .5, 20, 15)
+    b = dense_detections(preds, how[0], method, .1, .5, 20, 15, nms)
+    for x, y in zip(a, b):
+        assert len(x['scores'])
+        for k in x: torch.testing.assert_close(x[k], y[k])
+        assert x['labels'].dtype == torch.int64 and x['boxes'].dtype == x['scores'].dtype == torch.float32
+
+def test_nms_follows_method_then_config_then_call():
+    images = [torch.rand(3, 64, 64)]
+    model = loud(Detector(Toy(), 'tiny', 3, topk=50, max_detections=200, score_threshold=0., nms_threshold=.2))
+    n = lambda **kw: len(model(images, **kw)[0]['scores'])
+    assert n(nms=False) > n(nms=True) == n()
+    model.method.nms = False; assert n() == n(nms=False)
+    model._config['nms'] = True; assert n() == n(nms=True)
+    assert len(model.detect(images, max_detections=7)[0]['scores']) == 7
+    assert len(model.detect(images, score_threshold=1.)[0]['scores']) == 0
+    with pytest.raises(InputError, match='max_detections'): model.detect(images, max_detection=7)
+
+def test_no_detection_has_right_shapes_and_dtypes():
+    out, = Detector(Toy(), 'tiny', 3).eval()([torch.rand(3, 40, 40)])
+    assert out['boxes'].shape == (0, 4) and out['labels'].shape == out['scores'].shape == (0,)
+    assert out['labels'].dtype == torch.int64 and out['boxes'].dtype == torch.float32
+
+def test_diverged_weights_detect_nothing():
+    model = Detector(Toy(), 'tiny', 3).eval()
+    nn.init.constant_(model.head.cls.bias, float('nan'))
+    assert len(model([torch.rand(3, 40, 40)])[0]['scores']) == 0
+
+def test_targets_are_ignored_in_evaluation(): assert isinstance(Detector(Toy(), 'tiny', 3).eval()([torch.rand(3, 32, 32)], [target()]), list)
+
+def test_tv_tensors_are_welcome():
+    from torchvision import tv_tensors
+    im = tv_tensors.Image(torch.rand(3, 64, 64))
+    t = dict(boxes=tv_tensors.BoundingBoxes(torch.tensor([[1., 2, 30, 40]]), format='XYXY', canvas_size=(64, 64)), labels=torch.tensor([1]))
+    assert all(type(v) is torch.Tensor for v in Detector('fcos', 'tiny', 3)([im], [t]).values())
+
+
+# ---- numbers
+
+def test_same_every_time():
+    images, targets = [torch.rand(3, 64, 96), torch.rand(3, 50, 64)], [target((3, 4, 40, 44, 0)), target((10, 10, 60, 40, 2))]
+    grads = []
+    for _ in range(2):
+        torch.manual_seed(3); model = Detector('fcos', 'tiny', 3)
+        sum(model(images, targets).values()).backward(); grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+def test_channels_last_changes_nothing_but_the_layout():
+    images, targets = [torch.rand(3, 64, 96)], [target((3, 4, 40, 44, 0))]
+    a = Detector('fcos', 'tiny', 3); b = Detector('fcos', 'tiny', 3, channels_last=True); b.load_state_dict(a.state_dict())
+    assert b.body.stage1[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+    for k, v in a(images, targets).items(): torch.testing.assert_close(b(images, targets)[k], v, atol=1e-5, rtol=1e-4)
+
+def test_float64_and_autocast():
+    images, targets = [torch.rand(3, 64, 64)], [target((3, 4, 40, 44, 0))]
+    model = Detector(Toy(**EVERYTHING), 'tiny', 3)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        out, preds = model.assign(images, targets)
+        assert preds.distances.dtype == torch.float32 and all(v.dtype == torch.float32 and v.isfinite() for v in out.losses.values())
+        assert loud(model)(images)[0]['boxes'].dtype == torch.float32
+    out.total.backward(); assert all(p.grad.isfinite().all() for p in model.parameters())
+    double = model.double().train()
+    out, preds = double.assign(images, targets)
+    assert preds.distances.dtype == preds.cls_logits.dtype == out.total.dtype == torch.float64
+
+@pytest.mark.parametrize('classes', [1, 3])
+def test_parameters_of_torchvisions_fcos(classes):
+    from torchvision.models.detection import FCOS
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+    theirs = FCOS(resnet_fpn_backbone(backbone_name='resnet18', weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5,
+                                      returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256)), num_classes=classes)
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    ours = Detector('fcos', 'resnet18', classes)
+    assert count(ours) == count(theirs) + 5 and 19.0e6 < count(ours) < 19.2e6
+    # and the same network: with their weights, their logits
+    def copy_convs(a, b):
+        a, b = ([m for m in x.modules() if isinstance(m, (nn.Conv2d, nn.GroupNorm))] for x in (a, b))
+        for p, q in zip(a, b, strict=True): p.load_state_dict(q.state_dict())
+    ours.body.load_state_dict(theirs.backbone.body.state_dict())
+    copy_convs(ours.pyramid.fpn.inner_blocks, theirs.backbone.fpn.inner_blocks); copy_convs(ours.pyramid.fpn.layer_blocks, theirs.backbone.fpn.layer_blocks)
+    copy_convs(ours.pyramid.fpn.extra_blocks, theirs.backbone.fpn.extra_blocks)
+    h, g = ours.head, theirs.head
+    for a, b in ((h.cls_tower, g.classification_head.conv), (h.cls, g.classification_head.cls_logits), (h.box_tower, g.regression_head.conv),
+                 (h.box, g.regression_head.bbox_reg), (h.third, g.regression_head.bbox_ctrness)): copy_convs(a, b)
+    ours.eval(), theirs.eval()
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        maps = list(theirs.backbone(x).values())
+        preds, out = h(ours.pyramid(ours.body(x))), g(maps)
+    torch.testing.assert_close(preds.cls_logits, out['cls_logits'], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(preds.obj_logits, out['bbox_ctrness'][..., 0], atol=1e-4, rtol=1e-4)
+
+
+# ---- names and numbers in the configuration
+
+@pytest.mark.parametrize('options,words', [
+    (dict(method='fcosx'), "'fcos'"), (dict(backbone='resnet81'), "'resnet18'"), (dict(norm='bach'), "'batch'"), (dict(p6_from='c6'), "'c5'"), (dict(chanels=8), "'channels'"),
+    (dict(num_classes=0), 'num_classes'), (dict(num_classes=2.5), 'num_classes'), (dict(channels='48'), 'channels'), (dict(head_convs=-1), 'head_convs'), (dict(trainable_layers=6), '0 to 5'),
+    (dict(strides=(8, 32)), 'strides'), (dict(score_threshold=-.1), 'score_threshold'), (dict(nms_threshold='x'), 'nms_threshold'), (dict(topk=0), 'topk'), (dict(nms='no'), 'nms'),
+    (dict(weights='nothere.pth'), 'nothere.pth'), (dict(weights='imagenet'), 'ImageNet'), (dict(method_options=dict(centre=1)), 'centre_sampling')])
+def test_bad_options_are_named(options, words):
+    with pytest.raises(InputError, match=words) as e: Detector(**{**dict(method='fcos', backbone='tiny', num_classes=3), **options})
+    assert '\n' not in str(e.value)
+
+def test_built_method():
+    method = Toy(3)
+    assert Detector(method, 'tiny', 3).method is method
+    with pytest.raises(InputError, match='num_classes'): Detector(method, 'tiny', 4)
+    with pytest.raises(InputError, match='method_options'): Detector(method, 'tiny', 3, method_options=dict(a=1))
+    with pytest.raises(InputError, match='ready-made'): Detector(method, 'tiny', 3).config
+    with_options = build('fcos', 3, reg_loss='iou'); with_options.options = dict(reg_loss='iou')
+    assert Detector(with_options, 'tiny', 3).config == Detector('fcos', 'tiny', 3, method_options=dict(reg_loss='iou')).config
+
+@pytest.mark.parametrize('options', [{}, dict(backbone='resnet18', norm='frozen', trainable_layers=2, p6_from='c5', channels=32), dict(strides=(4, 8, 16), nms=False, mean=(.5, .5, .5), pad_to=16),
+                                     dict(method_options=dict(ranges=(20, 40)))])
+def test_config_rebuilds(options):
+    model = Detector(**{**dict(method='fcos', backbone='tiny', num_classes=3), **options})
+    config = json.loads(json.dumps(model.config))
+    again = Detector(**config)
+    assert again.config == config == model.config
+    shapes = lambda m: {k: v.shape for k, v in m.state_dict().items()}
+    assert shapes(again) == shapes(model) and again.head.spec == model.head.spec
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+
+def test_a_method_is_told_the_pyramids_channels():
+    pytest.importorskip('ala_nb.ala')
+    model = Detector('ala', 'tiny', 3)
+    losses = model([torch.rand(3, 64, 64)], [target((4, 4, 40, 50, 1))])
+    assert model.config['method_options']['in_channels'] == 48 and all(v.isfinite() for v in losses.values())
+
+
+# ---- weights
+
+def test_weights_from_files(tmp_path):
+    donor = torchvision.models.resnet18(weights=None)
+    state = donor.state_dict()
+    forms = dict(plain=state, wrapped=dict(state_dict={f'module.{k}': v for k, v in state.items()}, epoch=3),
+                 detector={**{f'backbone.body.{k}': v for k, v in state.items()}, 'head.x': torch.zeros(1)}, mmdet=dict(state_dict={f'backbone.{k}': v for k, v in state.items()}))
+    for name, form in forms.items():
+        torch.save(form, tmp_path/f'{name}.pth')
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            model = Detector('fcos', 'resnet18', 3, weights=tmp_path/f'{name}.pth')
+        assert model.config['norm'] == 'frozen' and model.config['trainable_layers'] == 3 and model.config['weights'] == str(tmp_path/f'{name}.pth')
+        ours = model.body.state_dict()
+        assert all(torch.equal(ours[k], state[k]) for k in ours)
+    # with frozen statistics it computes what torchvision's does in evaluation
+    x = torch.rand(1, 3, 64, 64); donor.eval(); model.train()
+    want = donor.layer2(donor.layer1(donor.maxpool(donor.relu(donor.bn1(donor.conv1(x))))))
+    torch.testing.assert_close(model.body(x)[1], want, atol=1e-5, rtol=1e-4)
+
+def test_part_of_a_backbone_is_taken_with_a_warning(tmp_path):
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save({k: v for k, v in state.items() if not k.startswith('layer4')}, tmp_path/'part.pth')
+    with pytest.warns(UserWarning, match='layer4'): model = Detector('fcos', 'resnet18', 3, weights=tmp_path/'part.pth', norm='batch', trainable_layers=5)
+    assert torch.equal(model.body.layer3[0].conv1.weight, state['layer3.0.conv1.weight'])
+
+def test_weights_that_do_not_fit(tmp_path):
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path/'r18.pth')
+    torch.save([1, 2], tmp_path/'list.pth'); (tmp_path/'broken.pth').write_bytes(b'PK\3\4 nothing'); (tmp_path/'broken.safetensors').write_bytes(b'\xff'*20)
+    for name, file, norm, words in (('resnet50', 'r18.pth', None, 'another backbone'), ('tiny', 'r18.pth', None, 'no tensor'), ('resnet18', 'r18.pth', 'group', "norm='group'"),
+                                    ('tiny', 'list.pth', None, 'no state dict'), ('tiny', 'broken.pth', None, 'cannot be read'), ('tiny', 'broken.safetensors', None, 'cannot be read')):
+        with pytest.raises(InputError, match=words) as e: Detector('fcos', name, 3, weights=tmp_path/file, norm=norm)
+        assert file in str(e.value) and '\n' not in str(e.value)
+
+def test_imagenet_without_a_network(monkeypatch):
+    from urllib.error import URLError
+    def offline(*a, **kw): raise URLError('no network')
+    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', offline)
+    with pytest.raises(InputError, match='put the file at .*checkpoints.*resnet18-.*pth'): Detector('fcos', 'resnet18', 3, weights='imagenet')
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', lambda url, **kw: state)
+    model = Detector('fcos', 'resnet18', 3, weights='imagenet')
+    assert torch.equal(model.body.conv1.weight, state['conv1.weight']) and not model.body.conv1.weight.requires_grad
+
+def test_own_weights_for_other_classes(tmp_path):
+    a = Detector('fcos', 'tiny', 3); save_weights(a, tmp_path/'a.safetensors')
+    b = Detector('fcos', 'tiny', 9, weights=tmp_path/'a.safetensors')
+    for k, v in a.state_dict().items(): assert k.startswith('head.cls.') or torch.equal(v, b.state_dict()[k])
+
+def test_save_and_load(tmp_path):
+    for options in (dict(backbone='tiny'), dict(backbone='resnet18', norm='batch', channels=16, channels_last=True)):
+        model = Detector('fcos', num_classes=3, **options)
+        for _ in range(2): model([torch.rand(3, 64, 64)], [target((4, 4, 40, 50, 1))])      # running statistics move
+        model.classes = ['a', 'b', 'c']
+        for name in ('best', 'last'): save_weights(model, tmp_path/f'{name}.safetensors')
+        (tmp_path/'config.json').write_text(json.dumps(dict(detector=model.config, classes=model.classes, train={})))
+        images = [torch.rand(3, 50, 64)]; loud(model); save_weights(model, tmp_path/'best.safetensors')
+        want = model(images)[0]
+        for again in (load_detector(tmp_path), load_detector(str(tmp_path), 'best'), load_detector(tmp_path/'config.json'), load_detector(tmp_path/'best.safetensors'),
+                      load_detector(dict(detector=model.config, classes=model.classes), tmp_path/'best.safetensors')):
+            assert again.config == model.config and again.classes == ['a', 'b', 'c'] and not again.training
+            assert all(torch.equal(again(images)[0][k], want[k]) for k in want)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['best.safetensors', 'config.json', 'last.safetensors']
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    model = Detector('fcos', 'tiny', 3); file = save_weights(model, tmp_path/'w.safetensors'); before = file.read_bytes()
+    def fail(state, path, **kw):
+        with open(path, 'wb') as f: f.write(b'half')
+        raise OSError('disk full')
+    monkeypatch.setattr(D, 'save_file', fail)
+    with pytest.raises(OSError): save_weights(model, file)
+    assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['w.safetensors']
+
+def test_loading_what_is_not_there(tmp_path):
+    model = Detector('fcos', 'tiny', 3)
+    with pytest.raises(InputError, match='config.json'): load_detector(tmp_path)
+    (tmp_path/'config.json').write_text('{"detector": ')
+    with pytest.raises(InputError, match='config.json.*complete'): load_detector(tmp_path)
+    (tmp_path/'config.json').write_text('{"a": 1}')
+    with pytest.raises(InputError, match='no detector'): load_detector(tmp_path)
+    (tmp_path/'config.json').write_text(json.dumps(dict(detector=model.config)))
+    with pytest.raises(InputError, match='best.safetensors'): load_detector(tmp_path)
+    whole = save_weights(model, tmp_path/'best.safetensors').read_bytes()
+    (tmp_path/'best.safetensors').write_bytes(whole[:len(whole)//2])
+    with pytest.raises(InputError, match='best.safetensors.*complete'): load_detector(tmp_path)
+    save_weights(Detector('fcos', 'tiny', 4), tmp_path/'best.safetensors')
+    with pytest.raises(InputError, match='does not fit'): load_detector(tmp_path)
+
+@pytest.mark.cuda
+def test_on_a_gpu():
+    model = Detector('fcos', 'tiny', 3).cuda()
+    images, targets = [torch.rand(3, 64, 96), torch.rand(3, 50, 64)], [target((3, 4, 40, 44, 0)), target()]
+    here = model(images, targets)                          # pictures and targets may stay on the host
+    there = model([im.cuda() for im in images], [{k: v.cuda() for k, v in t.items()} for t in targets])
+    for k in here: torch.testing.assert_close(here[k], there[k])
+    with torch.autocast('cuda', dtype=torch.float16): losses = model(images, targets)
+    assert all(v.isfinite() and v.dtype == torch.float32 for v in losses.values())
+    assert loud(model)(images)[0]['boxes'].device.type == 'cuda'
