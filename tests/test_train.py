@@ -1,0 +1,347 @@
+"The command `python -m ala_nb.train`: whole runs, bad input, and runs that are killed."
+import csv, dataclasses, json, math, os, random, signal, subprocess, sys, time
+from pathlib import Path
+import pytest, torch
+from hypothesis import given, strategies as st
+from safetensors.torch import load_file
+from ala_nb import train as T
+from ala_nb.data import load_dataset, save_coco
+from ala_nb.geometry import InputError
+from ala_nb.train import Table
+
+TINY = dict(train_images=24, val_images=6, batch_size=4, epochs=3, log_every=2, threads=1)
+
+def words(**knobs): return [w for k,v in knobs.items() for w in (f'--{k}', *map(str, v if isinstance(v, (list,tuple)) else [v]))]
+
+def environment():
+    root = str(Path(__file__).resolve().parent.parent)
+    return dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg', PYTHONPATH=os.pathsep.join([root, os.environ.get('PYTHONPATH','')]))
+
+def command(*args, cwd):
+    "A process that runs the command."
+    return subprocess.Popen([sys.executable, '-m', 'ala_nb.train', *map(str, args)], cwd=cwd, env=environment(), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+def finish(process, timeout=120):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+def weights(path): return torch.load(path/'state.pt', weights_only=True)['model']
+
+def rows(path): # without the columns that depend on the machine
+    with open(path/'metrics.csv', newline='') as f: return [{k: v for k,v in r.items() if k not in T.TIMES} for r in csv.DictReader(f)]
+
+def assert_same_run(a, b):
+    "Bit for bit: weights, best and last files, and the table."
+    for read in weights, lambda p: load_file(p/'best.safetensors'), lambda p: load_file(p/'last.safetensors'):
+        A, B = read(a), read(b)
+        assert A.keys() == B.keys() and all(torch.equal(A[k], B[k]) for k in A)
+    assert rows(a) == rows(b)
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(T, 'save_pictures', lambda run: None)       # the runs through the command draw them
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory):
+    "A whole run of the tiny recipe, through the command."
+    path = tmp_path_factory.mktemp('reference')
+    return path/'run', *finish(command(*words(**TINY, out='run'), cwd=path))
+
+# ---- a whole run ------------------------------------------------------------------------------------------------------------------
+
+def test_run_folder(reference):
+    path, code, out, err = reference
+    assert code == 0, err
+    for f in ('config.json', 'metrics.csv', 'best.safetensors', 'last.safetensors', 'state.pt', 'curves.png', 'predictions.png',
+              'assignment.png'):
+        assert (path/f).stat().st_size > 0, f
+    assert not list(path.glob('.*'))                                              # no temporary file is left
+    assert 'IoU .50' in out and str(path.name) in out and 'AP ' in out
+
+def test_config_is_complete(reference):
+    from ala_nb.detector import load_detector
+    path = reference[0]
+    stored = json.loads((path/'config.json').read_text())
+    c = T.as_config(stored['train'])
+    assert dataclasses.asdict(c).keys() == stored['train'].keys() and c.train_images == 24
+    for which in 'best', 'last':
+        model = load_detector(path, which)
+        assert not model.training
+    saved, have = weights(path), model.state_dict()
+    assert all(torch.equal(have[k], saved[k]) for k in saved)
+
+def test_table(reference):
+    found = rows(reference[0])
+    assert [int(r['step']) for r in found] == [2,4,6,8,10,12,14,16,18]
+    assert [bool(r['AP']) for r in found] == [s % 6 == 0 for s in range(2,20,2)]
+    losses = [k for k in found[0] if k not in ('step','epoch','lr','loss','grad_norm',*T.METRICS)]
+    assert losses
+    for r in found: assert abs(sum(float(r[k]) for k in losses) - float(r['loss'])) < 1e-3*float(r['loss'])
+
+def test_progress_runs_from_0_to_1():
+    run, seen = T.start(T.recipe(**{**TINY, 'epochs':2, 'eval_every':0}, out='run')), []
+    run.model.register_forward_pre_hook(lambda m, args, kw: seen.append(kw['progress']), with_kwargs=True)
+    T.train(run=run, log=None)
+    assert seen[0] == 0 and seen[-1] == 1 and len(seen) == 12
+    assert all(math.isclose(b - a, 1/11) for a,b in zip(seen, seen[1:]))
+    assert (Path('run')/'best.safetensors').exists() and run.best is None        # nothing to compare: the last weights
+
+@pytest.mark.parametrize('knobs', [
+    dict(accumulate=4), dict(ema=.9), dict(amp='bf16'), dict(channels_last=True), dict(optimizer='sgd', schedule='multistep'), dict(workers=1),
+    dict(scales=[96,112], size=128, photometric=True), dict(clip=0., deterministic=True), dict(method='o2f')])
+def test_knobs_train(knobs):
+    try: run = T.train(T.recipe(**{**TINY, 'epochs':1, **knobs}, out='run'), log=None)
+    finally: torch.use_deterministic_algorithms(False)
+    assert run.step == run.total == math.ceil(6/knobs.get('accumulate', 1)) and math.isfinite(run.best['AP'])
+    assert all(torch.isfinite(v).all() for v in run.weights.state_dict().values())
+
+def test_workers_change_nothing():
+    for n in 0, 2: T.train(T.recipe(**{**TINY, 'epochs':1}, workers=n, out=f'run{n}'), log=None)
+    assert_same_run(Path('run0'), Path('run2'))
+
+def test_folders_are_numbered():
+    for _ in range(2): T.train(T.recipe(**{**TINY, 'steps':1, 'eval_every':0}), log=None)
+    assert sorted(p.name for p in Path('runs').iterdir()) == ['shapes-fcos', 'shapes-fcos-2']
+
+def test_settings_of_another_run(reference):
+    config, run, _ = T.parse(['--config', str(reference[0]), '--lr', '0.5'])
+    assert (config.train_images, config.lr, config.out, run) == (24, .5, '', None)
+
+@pytest.fixture
+def folder():
+    "A few shapes as a COCO folder."
+    for split,n in ('train',6), ('val',2): save_coco(load_dataset('shapes', split, n=n), 'photos')
+    return Path('photos')
+
+def test_own_folder(folder, capsys):
+    few = dict(epochs=1, size=64, max_size=80, batch_size=2, threads=1)
+    assert T.main(words(data=folder, **few, out='run')) == 0, capsys.readouterr().err
+    stored = json.loads(Path('run/config.json').read_text())
+    assert stored['train']['data'] == str(folder.absolute()) and stored['detector']['backbone'] == 'resnet18' and len(rows(Path('run'))) == 1
+    assert T.main(words(data=folder, **few, weights='run/last.safetensors', steps=1, eval_every=0, out='tuned')) == 0      # fine-tuned
+    os.rename(folder, 'elsewhere')
+    fails(['--resume', 'tuned'], 2, 'photos', capsys=capsys)
+
+# ---- bad input --------------------------------------------------------------------------------------------------------------------
+
+def fails(args, code, *texts, capsys):
+    assert T.main([str(a) for a in args]) == code
+    out, err = capsys.readouterr()
+    assert err.startswith('error: ') and err.count('\n') == 1, err
+    for t in texts: assert t in err, err
+
+@pytest.mark.parametrize('args,texts', [
+    (['--data','nowhere'], ['nowhere']),
+    (['--method','fkos'], ['fkos','fcos']),
+    (['--backbone','resnet51'], ['resnet51','resnet50']),
+    (['--weights','nowhere.pth'], ['nowhere.pth']),
+    (['--train_split','trian'], ['trian','train']),
+    (['--val_split','vol'], ['vol','--eval_every']),
+    (['--learning_rate','1'], ['learning_rate','did you mean lr']),
+    (['--batchsize','1'], ['did you mean batch_size']),
+    (['--lr'], ['--lr']), (['--lr','fast'], ['--lr','fast']), (['--lr','-1'], ['lr','above 0']), (['--lr','nan'], ['lr','finite']),
+    (['--epochs','0'], ['epochs']), (['--epochs','1.5'], ['epochs']), (['--optimizer','adam'], ['adamw']), (['--amp','fp8'], ['amp']),
+    (['--milestones','.5','2'], ['milestones','below 1']), (['--compile','perhaps'], ['compile']), (['word'], ['word']),
+    (['--method_options','K'], ['key=value']), (['--method_options','kk=7'], ['kk']), (['--detector_options','chanels=7'], ['chanels']),
+    (['--detector_options','weights=none'], ['weights']), (['--data_options','colour=7'], ['colour']),
+    (['--device','toaster'], ['toaster']), (['--resume','nowhere'], ['nowhere','no run']), (['--config','nowhere'], ['nowhere']),
+])
+def test_bad_input_is_one_line_and_nothing_is_written(args, texts, capsys):
+    fails(args, 2, *texts, capsys=capsys)
+    assert not list(Path('.').iterdir())
+
+def test_bad_input_through_the_command(tmp_path):
+    code, out, err = finish(command('--data', 'nowhere', '--out', 'run', cwd=tmp_path))
+    assert code == 2 and err.startswith('error: ') and err.count('\n') == 1 and 'nowhere' in err and not out
+    assert not list(tmp_path.iterdir())
+
+def test_truncated_image(folder, capsys):
+    image = sorted((folder/'train').iterdir())[3]
+    image.write_bytes(image.read_bytes()[:500])
+    fails(['--data', folder, '--out', 'run'], 2, str(image), capsys=capsys)
+    assert not Path('run').exists()
+
+def test_image_that_breaks_on_the_way(folder, capsys):
+    image = sorted((folder/'train').iterdir())[3]
+    for workers in 0, 1:
+        run = T.start(T.recipe(folder, backbone='tiny', batch_size=2, workers=workers, epochs=1, out=f'run{workers}'))
+        whole = image.read_bytes(); image.write_bytes(whole[:500])
+        with pytest.raises(InputError, match=image.name): T.train(run=run, log=None)
+        image.write_bytes(whole)
+        assert T.main(['--resume', f'run{workers}']) == 0
+    assert_same_run(Path('run0'), Path('run1'))
+
+def test_folder_taken(reference, capsys):
+    before = {p: p.read_bytes() for p in reference[0].iterdir()}
+    fails(words(**TINY, out=reference[0]), 2, '--resume', '--out', capsys=capsys)
+    assert before == {p: p.read_bytes() for p in reference[0].iterdir()}
+
+def test_folder_that_cannot_be_made(capsys):
+    Path('file').write_text('x')
+    fails(words(**TINY, out='file'), 2, '--out', capsys=capsys)
+    fails(words(**TINY, out='file/run'), 2, '--out', capsys=capsys)
+    assert Path('file').read_text() == 'x'
+
+def test_resume_refuses(reference, capsys):
+    fails(['--resume', reference[0], '--lr', 1], 2, 'lr', capsys=capsys)
+    Path('broken').mkdir(); (Path('broken')/'config.json').write_text('{')
+    fails(['--resume', 'broken'], 2, 'config.json', capsys=capsys)
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as e: T.main(['--help'])
+    text = capsys.readouterr().out
+    assert e.value.code == 0
+    for f in dataclasses.fields(T.Config): assert f'--{f.name} ' in text and f.metadata['help'][:20] in ' '.join(text.split())
+    for g in T.GROUPS.values(): assert f'\n{g}:' in text
+
+def test_names_with_hyphens():
+    a = T.parse(['--batch-size','4','--method-options','some_thing=a-b'])[0]
+    b = T.parse(['--batch_size=4','--method_options','some_thing=a-b'])[0]
+    assert a == b and a.batch_size == 4 and a.method_options == dict(some_thing='a-b')
+
+def test_options_are_python_literals():
+    c = T.parse(['--method_options', 'K=7', "bag=('radius', 2.5)", 'variant=paper', 'soft=false', 'T=[.6,.2]'])[0]
+    assert c.method_options == dict(K=7, bag=('radius',2.5), variant='paper', soft=False, T=(.6,.2))
+    assert T.as_config(json.loads(json.dumps(dataclasses.asdict(c)))) == c
+
+# ---- numbers that are none --------------------------------------------------------------------------------------------------------
+
+def test_weights_gone_bad():
+    def poison(run, losses):
+        if run.step == 8:
+            with torch.no_grad(): next(run.model.parameters()).fill_(math.nan)
+    with pytest.raises(T.NonFinite, match=r'step 9: \w+ is nan, images shapes/train/.*last.safetensors \(step 6\)'):
+        T.train(T.recipe(**TINY, out='run'), log=None, on_step=poison)
+    assert T.load_state('run')['step'] == 6 and all(torch.isfinite(v).all() for v in weights(Path('run')).values())
+
+def test_gradient_gone_bad():
+    run = T.start(T.recipe(**TINY, out='run'))
+    name, p = [(n,p) for n,p in run.model.named_parameters() if p.requires_grad][3]
+    p.register_hook(lambda g: g*math.inf)
+    with pytest.raises(T.NonFinite, match=f'step 1: the gradient of {name} is not finite'): T.train(run=run, log=None)
+
+def test_diverged_run_ends_with_3(capsys):
+    wild = dict(lr=1e30, warmup=0, clip=0, optimizer='sgd', schedule='constant')
+    fails(words(**TINY, **wild, out='run'), 3, 'step ', 'shapes/train/', capsys=capsys)
+    assert T.load_state('run')['step'] == 0                             # the last good one
+
+# ---- killed and resumed -----------------------------------------------------------------------------------------------------------
+
+def forked(args, log):
+    "The command in a copy of this process, which spares it the imports: its id."
+    pid = os.fork()
+    if pid: return pid
+    code = 70
+    try:
+        fd = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND); os.dup2(fd, 1); os.dup2(fd, 2)
+        code = T.main(args)
+    finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_killed_at_random_moments(reference):
+    "SIGKILL and SIGINT at moments drawn anew each time, with a checkpoint after every step: wherever it hits, the end is the same."
+    path, draw, args, ends = Path('run'), random.Random(), words(**TINY, checkpoint_seconds=.001, out='run'), []
+    for attempt in range(30):
+        pid = forked(args, 'log')
+        if attempt < 8:
+            if attempt == 0:
+                while not (path/'state.pt').exists(): time.sleep(.002)
+            time.sleep(draw.uniform(0, 1.)); how = draw.choice([signal.SIGKILL, signal.SIGINT]); os.kill(pid, how)
+        status = os.waitpid(pid, 0)[1]
+        ends.append(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+        assert ends[-1] in (0, -signal.SIGKILL, 130), (ends, Path('log').read_text())
+        if ends[-1] == 0: break
+        T.load_state(path, log=pytest.fail)                       # never a damaged one
+        args = ['--resume', 'run']
+    assert_same_run(path, reference[0])
+    assert not [p for p in path.glob('.*')]                       # nor anything left lying
+
+def test_ctrl_c_through_the_command(reference, tmp_path):
+    process = command(*words(**TINY, out='run'), cwd=tmp_path)
+    while process.poll() is None and len(Table(tmp_path/'run'/'metrics.csv').rows()) < 2: time.sleep(.005)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    if code: assert code == 130 and err.count('\n') == 1 and 'python -m ala_nb.train --resume run' in err        # or it was faster
+    assert T.main(['--resume', 'run']) == 0
+    assert_same_run(tmp_path/'run', reference[0])
+
+def test_resume_from_every_kind_of_place(reference, monkeypatch):
+    "Stopped before the first step, within an epoch, at its end, in an evaluation, while a file is written, and after the last step."
+    def run_until(error, **hooks):
+        try: T.train(run=T.resume('run', log=None) if Path('run').exists() else T.start(T.recipe(**TINY, out='run')), log=None, **hooks)
+        except error: return
+        raise AssertionError('was not stopped')
+    def at(step, act): return lambda run, losses: act() if run.step == step else None
+    def crash(): raise RuntimeError('crash')
+    interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
+
+    run_until(RuntimeError, on_step=at(1, crash))                          # before any checkpoint but the one of step 0
+    run_until(T.Interrupted, on_step=at(4, interrupt))                      # within an epoch
+    assert T.load_state('run')['step'] == 4
+    run_until(RuntimeError, on_step=at(6, crash))                           # after an epoch's last step, before its evaluation
+    real = T.predict_dataset
+    monkeypatch.setattr(T, 'predict_dataset', lambda *a, **k: (real(*a, **k), interrupt(), time.sleep(5)))
+    run_until(T.Interrupted)                                               # in an evaluation, which is still due
+    assert T.load_state('run')['step'] == 6 and T.load_state('run')['pending']
+    monkeypatch.setattr(T, 'predict_dataset', real)
+    run_until(T.Interrupted, on_step=at(12, interrupt))                     # at an epoch's end
+    assert T.load_state('run')['step'] == 12
+    save = torch.save
+    def half(state, path): save(state, path); os.truncate(path, 1000); crash()
+    monkeypatch.setattr(torch, 'save', half)
+    run_until(RuntimeError)                                                # while the checkpoint is written
+    monkeypatch.setattr(torch, 'save', save)
+    state = Path('run/state.pt').read_bytes()
+    Path('run/state.pt').write_bytes(state[:-1000])                         # and the newest one is damaged afterwards
+    monkeypatch.setattr(T, 'save_pictures', lambda run: crash())
+    run_until(RuntimeError)                                                # trained, pictures missing
+    monkeypatch.setattr(T, 'save_pictures', lambda run: None)
+    T.train(run=T.resume(Path('run').absolute(), log=None), log=None)
+    assert_same_run(Path('run'), reference[0])
+
+def test_resume_a_finished_run(reference, capsys):
+    before = weights(reference[0])
+    assert T.main(['--resume', str(reference[0])]) == 0 and 'IoU .50' in capsys.readouterr().out
+    assert all(torch.equal(v, before[k]) for k,v in weights(reference[0]).items())
+
+def test_state_is_numbers_and_tensors(reference):
+    state = torch.load(reference[0]/'state.pt', weights_only=True)
+    assert state['step'] == 18 and {'model','optimizer','rng','best'} <= state.keys()
+
+def test_averaged_weights_are_resumed():
+    c = dict(TINY, ema=.8, accumulate=2)
+    T.train(T.recipe(**c, out='whole'), log=None)
+    def interrupt(run, losses):
+        if run.step == 5: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(T.Interrupted): T.train(T.recipe(**c, out='parts'), log=None, on_step=interrupt)
+    run = T.train(run=T.resume('parts', log=None), log=None)
+    assert_same_run(Path('whole'), Path('parts'))
+    assert any(not torch.equal(v, run.model.state_dict()[k]) for k,v in run.ema.state_dict().items())
+
+# ---- small parts ------------------------------------------------------------------------------------------------------------------
+
+@given(st.integers(1,5000), st.integers(0,6000), st.sampled_from(['constant','multistep','cosine']), st.data())
+def test_learning_rate_stays_in_range(total, warmup, schedule, data):
+    step = data.draw(st.integers(0, total-1))
+    assert 0 < T.lr_factor(step, total, warmup, schedule) <= 1
+    if step >= total//6 and schedule == 'constant': assert T.lr_factor(step, total, warmup, schedule) == 1
+
+def test_every_bit_of_a_checkpoint_counts(tmp_path):
+    path = tmp_path/'state.pt'
+    torch.save(dict(step=3, w=torch.randn(200)), path)
+    whole, good = path.read_bytes(), T.read_state(path)
+    for i in range(0, len(whole), 37):
+        broken = bytearray(whole); broken[i] ^= 4; path.write_bytes(broken)
+        try: got = T.read_state(path)
+        except InputError: continue
+        assert got['step'] == good['step'] and torch.equal(got['w'], good['w'])      # a bit that says nothing (padding, a date)
+    for n in 0, 1, 100, len(whole)//2, len(whole)-1:
+        path.write_bytes(whole[:n])
+        with pytest.raises(InputError, match='damaged'): T.read_state(path)
+
+def test_errors_of_loading_processes_are_one_line():
+    e = InputError('Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File "x"\n'
+                   'ala_nb.geometry.InputError: a.jpg: truncated')
+    assert T.one_line(e) == 'a.jpg: truncated'
