@@ -21,7 +21,7 @@ from .detector import load_detector
 
 # %% ../nbs/15_evaluate.ipynb #c005
 def match_detections(
-    overlap:np.ndarray, # (D, G) overlap of each detection, best score first, with each region: IoU with an object, share inside an ignored one
+    overlap:np.ndarray, # (D, G) of each detection, best score first, with each region: IoU with an object, share inside an ignored one
     ignored:np.ndarray, # (G,) bool: not an object but a region where detections do not count
     threshold:float=.5, # overlap that a match must exceed
 )->np.ndarray: # (D,) int: 1 hit, 0 false, -1 not counted
@@ -68,7 +68,8 @@ def coco_results(
         boxes = torch.as_tensor(out['boxes']).detach().double().cpu().reshape(-1,4)
         boxes = torch.cat([boxes[:,:2], boxes[:,2:]-boxes[:,:2]], 1).tolist()
         labels, scores = torch.as_tensor(out['labels']).tolist(), torch.as_tensor(out['scores']).tolist()
-        results += [{'image_id':int(image_id), 'category_id':category_ids[l], 'bbox':b, 'score':s} for b,l,s in zip(boxes, labels, scores, strict=True)]
+        results += [{'image_id':int(image_id), 'category_id':category_ids[l], 'bbox':b, 'score':s}
+                    for b,l,s in zip(boxes, labels, scores, strict=True)]
     return results
 
 # %% ../nbs/15_evaluate.ipynb #c023
@@ -80,16 +81,18 @@ def _plain(ground_truth, results):
     found = [_annotation(n, r, None, 0) | {'score':float(r['score'])} for n,r in enumerate(results, 1)]
     known = {i['id'] for i in images}, {c['id'] for c in categories}
     for what,ids,field in zip(('image','category'), known, ('image_id','category_id')):
-        if odd := {r[field] for r in found} - ids: raise InputError(f"results: {field} {min(odd, key=str)} is no {what} of the ground truth; evaluate on the data that was predicted")
+        if odd := {r[field] for r in found} - ids:
+            raise InputError(f"results: {field} {min(odd, key=str)} is no {what} of the ground truth; take the data set that was predicted")
     if found and not np.isfinite(bad := np.array([[*r['bbox'],r['score']] for r in found])).all():
         n = int(np.flatnonzero(~np.isfinite(bad).all(1))[0])
-        raise InputError(f"results: number {n} (image {found[n]['image_id']}) has a box or score that is not a finite number; the model's weights have probably diverged")
+        raise InputError(f"results: number {n} (image {found[n]['image_id']}) has a box or score that is not a finite number; "
+                         "the model's weights have probably diverged")
     base = {'info':{}, 'images':images, 'categories':categories}
     return {**base, 'annotations':truth}, {**base, 'annotations':found}
 
 def _annotation(n, a, area, crowd):
-    bbox = [float(v) for v in a['bbox']]
-    return {'id':n, 'image_id':a['image_id'], 'category_id':a['category_id'], 'bbox':bbox, 'area':bbox[2]*bbox[3] if area is None else float(area), 'iscrowd':crowd}
+    bbox = [float(v) for v in a['bbox']]; area = bbox[2]*bbox[3] if area is None else float(area)
+    return {'id':n, 'image_id':a['image_id'], 'category_id':a['category_id'], 'bbox':bbox, 'area':area, 'iscrowd':crowd}
 
 # %% ../nbs/15_evaluate.ipynb #c024
 def _precision_recall_arrays(truth, found, backend, max_dets):
@@ -121,7 +124,8 @@ def evaluate_coco(
 )->dict: # AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl, and 'per_class': {name: {'AP', 'AP50'}}; -1 where there is no object
     "COCO's twelve numbers and each class's AP."
     truth, found = _plain(ground_truth, results)
-    if not truth['images'] or not truth['categories']: raise InputError('ground truth: it has no images or no categories, so there is nothing to evaluate')
+    if not truth['images'] or not truth['categories']:
+        raise InputError('ground truth: it has no images or no categories, so there is nothing to evaluate')
     P, R, ids = _precision_recall_arrays(truth, found, backend, max_dets)
     m = {'AP':_mean(P[...,0,-1]), 'AP50':_mean(P[0,...,0,-1]), 'AP75':_mean(P[5,...,0,-1])}
     m |= {f'AP{s}':_mean(P[...,i,-1]) for i,s in enumerate('sml',1)}
@@ -143,11 +147,13 @@ def coco_table(
     head = lambda words: ' '*4 + ''.join(f'{w:>10}' for w in words)
     row = lambda name,keys: f'{name:4}' + ''.join(_cell(metrics.get(k)) for k in keys)
     lines = [head(['all','IoU .50','IoU .75','small','medium','large']), row('AP', ['AP','AP50','AP75','APs','APm','APl']),
-             head([f'{c} box' + ('es' if c!='1' else '') for c in counts] + ['small','medium','large']), row('AR', [f'AR{c}' for c in counts] + ['ARs','ARm','ARl'])]
+             head([f'{c} box' + ('es' if c!='1' else '') for c in counts] + ['small','medium','large']),
+             row('AR', [f'AR{c}' for c in counts] + ['ARs','ARm','ARl'])]
     if metrics['AP'] < 0: lines.append('no object to find in this ground truth: nothing is measured')
     if per_class and (rows := metrics.get('per_class')):
         wide = max(map(len, ['class',*rows]))
-        lines += ['', f"{'class':{wide}}" + f"{'AP':>10}{'AP50':>10}"] + [f'{n:{wide}}' + _cell(v['AP']) + _cell(v['AP50']) for n,v in rows.items()]
+        lines += ['', f"{'class':{wide}}" + f"{'AP':>10}{'AP50':>10}"]
+        lines += [f'{n:{wide}}' + _cell(v['AP']) + _cell(v['AP50']) for n,v in rows.items()]
     return '\n'.join(lines)
 
 # %% ../nbs/15_evaluate.ipynb #c040
@@ -171,7 +177,8 @@ def _by_class(ground_truth, results, inside_ignored, clip=False):
     from pycocotools.mask import iou
     _plain(ground_truth, results)                                    # the checks
     regions, found, size = defaultdict(list), defaultdict(list), {i['id']:i for i in ground_truth['images']}
-    for a in ground_truth.get('annotations',[]): regions[a['category_id'],a['image_id']].append((*a['bbox'], any(a.get(k) for k in ('iscrowd','ignore','difficult'))))
+    for a in ground_truth.get('annotations',[]):
+        regions[a['category_id'],a['image_id']].append((*a['bbox'], any(a.get(k) for k in ('iscrowd','ignore','difficult'))))
     for r in results: found[r['category_id'],r['image_id']].append((*r['bbox'], r['score']))
     for c in ground_truth['categories']:
         images = []
@@ -179,7 +186,7 @@ def _by_class(ground_truth, results, inside_ignored, clip=False):
             G, D = np.array(regions.get((c['id'],i),[]), float).reshape(-1,5), np.array(found.get((c['id'],i),[]), float).reshape(-1,5)
             D, ignored = D[np.argsort(-D[:,4], kind='stable')], G[:,4]>0
             g, d = (_clip(x[:,:4], info) if clip else x[:,:4].copy() for x in (G,D))
-            o = np.asarray(iou(d, g, (ignored & inside_ignored).astype(int).tolist())).reshape(len(D),len(G)) if len(G) and len(D) else np.zeros((len(D),len(G)))
+            o = iou(d, g, (ignored & inside_ignored).astype(int).tolist()) if len(d) and len(g) else np.zeros((len(d),len(g)))
             images.append((o, ignored, D[:,4], d, g))
         yield c.get('name', str(c['id'])), images
 
@@ -303,7 +310,7 @@ def predict_dataset(
     "A detector's results on a data set."
     from tqdm import tqdm
     device = next(model.parameters()).device if device is None else torch.device(device)
-    loader = make_loader(ds, batch_size, train=False, transforms=eval_transforms() if transforms is None else transforms, seed=0, workers=workers)
+    loader = make_loader(ds, batch_size, train=False, transforms=eval_transforms() if transforms is None else transforms, workers=workers)
     training, results, detect = model.training, [], detecting(model, **how)
     model.to(device).eval()
     try:
@@ -324,7 +331,8 @@ def run_config(
     if not file.is_file(): raise InputError(f'{run} holds no run: there is no config.json in it')
     try: config = json.loads(file.read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise InputError(f'{file} cannot be read: {_one_line(e)}') from None
-    if not (isinstance(config, dict) and isinstance(config.get('classes'), list)): raise InputError(f"{file} is not a run's configuration: it names no classes")
+    if not (isinstance(config, dict) and isinstance(config.get('classes'), list)):
+        raise InputError(f"{file} is not a run's configuration: it names no classes")
     return config
 
 def match_classes(
@@ -333,7 +341,8 @@ def match_classes(
 )->list: # label of the run -> category id of the data set
     "Which category of the data set each label of the run is, by name."
     if sorted(classes) != sorted(ds.classes):
-        raise InputError(f"the classes differ: the run has {', '.join(classes)}; {ds.name} ({ds.split}) has {', '.join(ds.classes)}; evaluate on a data set with the run's classes")
+        raise InputError(f"the classes differ: the run has {', '.join(classes)}; {ds.name} ({ds.split}) has {', '.join(ds.classes)}; "
+                         "evaluate on a data set with the run's classes")
     return [ds.category_ids[list(ds.classes).index(c)] for c in classes]
 
 def _one_line(e): return ' '.join(str(e).split())[:300] or type(e).__name__
@@ -345,7 +354,8 @@ def pick_device(
     "The device of that name, if it works here."
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try: torch.zeros((), device=name)
-    except Exception as e: raise InputError(f'--device {name} cannot be used here ({_one_line(e)[:120]}); --device cpu always can') from None
+    except Exception as e:
+        raise InputError(f'--device {name} cannot be used here ({_one_line(e)[:120]}); --device cpu always can') from None
     return torch.device(name)
 
 # %% ../nbs/15_evaluate.ipynb #c067
@@ -385,8 +395,11 @@ def metrics_text(
     out = []
     if 'coco' in found: out.append(coco_table(found['coco']))
     for k,name in (('voc','VOC mAP (area)'), ('voc07','VOC mAP (11 points)')):
-        if k in found: out.append(f"{name}: {found[k]['mAP']:.3f}   " + ', '.join(f'{n} {_cell(v,0)}' for n,v in found[k]['per_class'].items()))
-    if 'crowdhuman' in found: out.append('CrowdHuman: ' + ', '.join(f'{n} {found["crowdhuman"][k]:.3f}' for k,n in (('AP','AP'),('MR','MR^-2'),('recall','recall'),('JI','JI'))))
+        if k in found:
+            out.append(f"{name}: {found[k]['mAP']:.3f}   " + ', '.join(f'{n} {_cell(v,0)}' for n,v in found[k]['per_class'].items()))
+    if 'crowdhuman' in found:
+        out.append('CrowdHuman: '
+            + ', '.join(f'{n} {found["crowdhuman"][k]:.3f}' for k,n in (('AP','AP'),('MR','MR^-2'),('recall','recall'),('JI','JI'))))
     return '\n\n'.join(out)
 
 # %% ../nbs/15_evaluate.ipynb #c072
@@ -420,7 +433,8 @@ def add_inference(p, batch_size=8):
     "The options that `evaluate` and `predict` share."
     g = p.add_argument_group('detections')
     g.add_argument('--checkpoint', choices=('best','last'), default='best', help='which weights of the run [best]')
-    g.add_argument('--nms', action=argparse.BooleanOptionalAction, default=None, help="with or without non-maximum suppression [the method's own]")
+    g.add_argument('--nms', action=argparse.BooleanOptionalAction, default=None,
+        help="with or without non-maximum suppression [the method's own]")
     g.add_argument('--nms_threshold', type=_share, metavar='IOU', help="boxes of a class that overlap more are thinned out [the run's]")
     g.add_argument('--max_detections', type=_count, metavar='N', help="detections kept of an image [the run's]")
     m = p.add_argument_group('machine')
@@ -447,7 +461,8 @@ def make_parser():
     d = p.add_argument_group('data')
     d.add_argument('--data', metavar='DIR', help="'shapes' or a folder in COCO, VOC or CrowdHuman form [what the run was trained on]")
     d.add_argument('--split', help="train, val, test or what the folder calls it [what the run was validated on: val]")
-    d.add_argument('--data_options', nargs='*', type=_key_value, metavar='KEY=VALUE', help="options of the data set [the run's, if it is the run's data]")
+    d.add_argument('--data_options', nargs='*', type=_key_value, metavar='KEY=VALUE',
+        help="options of the data set [the run's, if it is the run's data]")
     d.add_argument('--size', type=int, metavar='PX', help="short side the images are resized to, 0: not resized [the run's]")
     d.add_argument('--max_size', type=int, metavar='PX', help="limit of the long side, 0: none [the run's]")
     g,m = add_inference(p)
@@ -455,8 +470,10 @@ def make_parser():
     m.add_argument('--workers', type=int, default=0, metavar='N', help='processes that load images [0: load in this one]')
     e = p.add_argument_group('metrics')
     e.add_argument('--metrics', nargs='+', choices=METRICS, default=['coco'], help='[coco]; voc07 is VOC with 11 points')
-    e.add_argument('--backend', choices=('faster','pycocotools'), default='faster', help='what computes COCO numbers; both give the same [faster]')
-    e.add_argument('--max_dets', nargs='+', type=_count, default=[1,10,100], metavar='N', help="detections an image for COCO's recalls and, the last, its AP [1 10 100]")
+    e.add_argument('--backend', choices=('faster','pycocotools'), default='faster',
+        help='what computes COCO numbers; both give the same [faster]')
+    e.add_argument('--max_dets', nargs='+', type=_count, default=[1,10,100], metavar='N',
+        help="detections an image for COCO's recalls and, the last, its AP [1 10 100]")
     o = p.add_argument_group('output')
     o.add_argument('--out', metavar='FILE', help='write all numbers as JSON')
     o.add_argument('--results', metavar='FILE', help="write the detections as COCO's JSON list of results")
@@ -487,9 +504,11 @@ def evaluate_run(
     if data_options is None: data_options = trained.get('data_options', {}) if Path(data).absolute() == Path(own).absolute() else {}
     ds = load_dataset(data, split, **data_options)
     ids, truth = match_classes(config['classes'], ds), ds.ground_truth()
-    if all(a.get('iscrowd') for a in truth['annotations']): raise InputError(f'{ds.name}: split {split} holds no object to find, so there is nothing to evaluate')
+    if all(a.get('iscrowd') for a in truth['annotations']):
+        raise InputError(f'{ds.name}: split {split} holds no object to find, so there is nothing to evaluate')
     device = pick_device(device)
-    results = predict_dataset(load_detector(run, checkpoint), ds, eval_transforms(*run_sizes(config, size, max_size)), batch_size, workers, device, progress, ids, **how)
+    results = predict_dataset(load_detector(run, checkpoint), ds, eval_transforms(*run_sizes(config, size, max_size)), batch_size, workers,
+        device, progress, ids, **how)
     return compute_metrics(truth, results, metrics, backend, max_dets), results
 
 def main(
@@ -500,7 +519,8 @@ def main(
         a = vars(make_parser().parse_args(underscored(argv)))
         run, out, results_file = Path(a.pop('run')), a.pop('out'), a.pop('results')
         for f in (out, results_file):
-            if f and not (Path(f).parent.is_dir() and not Path(f).is_dir()): raise InputError(f'{f}: cannot be written, its folder does not exist or it is a folder')
+            if f and not (Path(f).parent.is_dir() and not Path(f).is_dir()):
+                raise InputError(f'{f}: cannot be written, its folder does not exist or it is a folder')
         if a['data_options'] is not None: a['data_options'] = dict(a['data_options'])
         found, results = evaluate_run(run, progress=True, **a)
         print(metrics_text(found))

@@ -27,7 +27,7 @@ def as_image(
     "One image, as the detector's transforms want it."
     if isinstance(x, (str, os.PathLike)): return read_image(x)
     if isinstance(x, Image.Image):
-        with tempfile.SpooledTemporaryFile() as f:              # PIL's many modes go the way of files, so there is one place that knows them
+        with tempfile.SpooledTemporaryFile() as f:  # PIL's many modes go the way of files, so there is one place that knows them
             x.save(f, 'TIFF' if x.mode == 'F' else 'PNG', **({'exif':x.getexif()} if x.getexif() else {})); f.seek(0)
             return read_image(f)
     t = torch.as_tensor(x)
@@ -35,7 +35,8 @@ def as_image(
     if t.ndim != 3 or t.shape[0] != 3 or not t.numel():
         raise InputError(f'an image of shape {tuple(x.shape)}: arrays are (H, W) or (H, W, 3), tensors (3, H, W)')
     if t.is_floating_point():
-        if not (t.min() >= 0 and t.max() <= 1): raise InputError('a float image has values outside 0 ... 1 (or NaN); divide by 255, or give uint8')
+        if not (t.min() >= 0 and t.max() <= 1):
+            raise InputError('a float image has values outside 0 ... 1 (or NaN); divide by 255, or give uint8')
         t = (t*255).round()
     elif t.dtype != torch.uint8: raise InputError(f'an image of {t.dtype}; give uint8, or float 0 ... 1')
     return t.to(torch.uint8).contiguous()
@@ -48,7 +49,7 @@ def predict_batches(
     size=None, max_size=None, # px: short side, limit of the long side; None leaves images as they are
     batch_size:int=8,
     **how,           # nms, score_threshold, nms_threshold, max_detections in place of the model's
-): # yields, for each image, its RGB bytes (3, H, W) and its detections: boxes (D,4) xyxy px of the image, labels (D,), scores (D,) on the CPU
+): # yields, for each image, its RGB bytes (3, H, W) and, on the CPU, boxes (D,4) xyxy px of the image, labels (D,), scores (D,)
     "Predict a stream of images."
     transform, device, detect = eval_transforms(size, max_size), next(model.parameters()).device, detecting(model, **how)
     def work(batch):
@@ -140,7 +141,8 @@ def check_inputs(
         try: probe_image(f); good.append(f)
         except InputError as e: bad.append(str(e).split('; ')[0])
     if bad and not skip:
-        raise InputError(f'{bad[0]}' + (f' (and {len(bad)-1} more)' if len(bad)>1 else '') + '; replace it, or leave such files out with --skip_unreadable')
+        raise InputError(f'{bad[0]}' + (f' (and {len(bad)-1} more)' if len(bad)>1 else '')
+            + '; replace it, or leave such files out with --skip_unreadable')
     for b in bad: print(f'skipped: {b}', file=sys.stderr)
     if not good: raise InputError('none of the files can be read as an image')
     return good
@@ -156,9 +158,11 @@ def data_set_ids(
     if not (isinstance(gt, dict) and isinstance(gt.get('images'), list) and isinstance(gt.get('categories'), list)):
         raise InputError(f'--annotations {annotations}: not a COCO JSON file with images and categories')
     try: images, names = {Path(r['file_name']).name:r['id'] for r in gt['images']}, {r['name']:r['id'] for r in gt['categories']}
-    except (KeyError, TypeError): raise InputError(f'--annotations {annotations}: an image without file_name and id, or a category without name and id') from None
+    except (KeyError, TypeError):
+        raise InputError(f'--annotations {annotations}: an image without file_name and id, or a category without name and id') from None
     for f in files:
-        if f.name not in images: raise InputError(f'--annotations {annotations}: has no image {f.name}; leave the option out for images that are not the data set\'s')
+        if f.name not in images:
+            raise InputError(f"--annotations {annotations}: has no image {f.name}; leave the option out for images that are not in it")
     for c in classes:
         if c not in names: raise InputError(f"--annotations {annotations}: has no class {c!r}; there are {', '.join(map(str,names))}")
     return [images[f.name] for f in files], [names[c] for c in classes]
@@ -236,12 +240,15 @@ def predict_files(
     with staging(out) as stage:
         rows, found = [], []
         stream = predict_batches(model, readable, *run_sizes(config, size, max_size), batch_size, score_threshold=score_threshold, **how)
-        for (image,dets),f,name,i in zip(tqdm(stream, total=len(readable), desc='predicting', unit='image', disable=None if progress else True), readable, names, ids):
+        stream = tqdm(stream, total=len(readable), desc='predicting', unit='image', disable=None if progress else True)
+        for (image,dets),f,name,i in zip(stream, readable, names, ids):
             rows.append(dict(id=i, file_name=str(f), width=image.shape[2], height=image.shape[1]) | (dict(picture=name) if name else {}))
             for (x1,y1,x2,y2),l,s in zip(dets['boxes'].double().tolist(), dets['labels'].tolist(), dets['scores'].tolist()):
-                found.append(dict(id=len(found)+1, image_id=i, category_id=categories[l], bbox=[x1,y1,x2-x1,y2-y1], score=s, area=(x2-x1)*(y2-y1), iscrowd=0))
+                found.append(dict(id=len(found)+1, image_id=i, category_id=categories[l], bbox=[x1,y1,x2-x1,y2-y1], score=s,
+                    area=(x2-x1)*(y2-y1), iscrowd=0))
             if name: draw_detections(image, dets, classes).save(stage/name, **({} if name.endswith('.png') else dict(quality=92)))
-        info = dict(description='detections by ala_nb', run=str(run), checkpoint=checkpoint, score_threshold=score_threshold) | {k:v for k,v in how.items() if v is not None}
+        info = dict(description='detections by ala_nb', run=str(run), checkpoint=checkpoint, score_threshold=score_threshold, **how)
+        info = {k:v for k,v in info.items() if v is not None}
         said = dict(info=info, images=rows, categories=[dict(id=c, name=n) for c,n in zip(categories, classes)], annotations=found)
         write_json(stage/'predictions.json', said)
     return said
@@ -256,14 +263,17 @@ def make_parser():
     o = p.add_argument_group('output')
     o.add_argument('--out', required=True, metavar='DIR', help='folder for the pictures and predictions.json; it is made')
     o.add_argument('--overwrite', action='store_true', help='replace what an earlier prediction left there')
-    o.add_argument('--pictures', action=argparse.BooleanOptionalAction, default=True, help='with or without pictures, or the JSON alone [with]')
+    o.add_argument('--pictures', action=argparse.BooleanOptionalAction, default=True,
+        help='with or without pictures, or the JSON alone [with]')
     o.add_argument('--annotations', metavar='FILE', help="COCO JSON of a data set; the results take its image and category ids")
     i = p.add_argument_group('input')
-    i.add_argument('--skip_unreadable', action='store_true', help='leave out files that cannot be read, and name them [stop before anything is written]')
+    i.add_argument('--skip_unreadable', action='store_true',
+        help='leave out files that cannot be read, and name them [stop before anything is written]')
     i.add_argument('--size', type=int, metavar='PX', help="short side the images are resized to, 0: not resized [the run's]")
     i.add_argument('--max_size', type=int, metavar='PX', help="limit of the long side, 0: none [the run's]")
     g,_ = add_inference(p)
-    g.add_argument('--score_threshold', type=_share, default=.3, metavar='S', help='detections below it are neither drawn nor written [0.3]')
+    g.add_argument('--score_threshold', type=_share, default=.3, metavar='S',
+        help='detections below it are neither drawn nor written [0.3]')
     return p
 
 def main(

@@ -22,14 +22,17 @@ def data_sets(draw, classes=3, crowd=True, grid=True, images=5):
     truth, found = [], []
     for i in ids:
         mine = [(box(), int(g.choice(cats))) for _ in range(g.integers(0, n_objects+1))]
-        truth += [dict(id=len(truth)+k+1, image_id=i, category_id=c, bbox=b, area=float(b[2]*b[3]*g.choice([1, .6])), iscrowd=int(crowd and g.random() < .25))
+        truth += [dict(id=len(truth)+k+1, image_id=i, category_id=c, bbox=b, area=float(b[2]*b[3]*g.choice([1, .6])),
+            iscrowd=int(crowd and g.random() < .25))
                   for k, (b, c) in enumerate(mine)]
         for _ in range(g.integers(0, n_found+1)):
             b, c = mine[g.integers(len(mine))] if mine and g.random() < .75 else (box(), int(g.choice(cats)))
-            b = (np.array(b) + g.normal(0, 1, 4)*g.choice([0, .05, .2])*np.array([b[2], b[3], b[2], b[3]])).tolist(); b[2:] = [max(v, 0) for v in b[2:]]
+            b = (np.array(b) + g.normal(0, 1, 4)*g.choice([0, .05, .2])*np.array([b[2], b[3], b[2], b[3]])).tolist()
+            b[2:] = [max(v, 0) for v in b[2:]]
             found.append(dict(image_id=i, category_id=c, bbox=b, score=round(float(g.random()), 1 if grid else 8)))
     g.shuffle(found)
-    return dict(images=[dict(id=i, width=240, height=260) for i in ids], annotations=truth, categories=[dict(id=c, name=f'c{c}') for c in cats]), found
+    return dict(images=[dict(id=i, width=240, height=260) for i in ids], annotations=truth,
+        categories=[dict(id=c, name=f'c{c}') for c in cats]), found
 
 def by_pycocotools(truth, found):
     "pycocotools used as its documentation says: twelve numbers and precision, or None where it cannot load an empty list."
@@ -88,7 +91,7 @@ def two_objects(**more):
 @pytest.mark.parametrize('backend', ['faster', 'pycocotools'])
 def test_annotation_ids_from_zero_and_missing_fields(backend):
     truth = two_objects(); found = [dict(image_id=4, category_id=9, bbox=a['bbox'], score=.9) for a in truth['annotations']]
-    assert E.evaluate_coco(truth, found, backend)['AP'] == pytest.approx(1)                     # pycocotools alone takes id 0 for "no match"
+    assert E.evaluate_coco(truth, found, backend)['AP'] == pytest.approx(1)  # pycocotools alone takes id 0 for "no match"
     for a in truth['annotations']: del a['id'], a['area'], a['iscrowd']
     assert E.evaluate_coco(truth, found, backend)['AP'] == pytest.approx(1)
 
@@ -131,7 +134,8 @@ def test_pycocotools_where_the_fast_one_is_missing(monkeypatch):
     assert E.evaluate_coco(truth, found) == want
 
 @pytest.mark.parametrize('change, says', [
-    (dict(image_id=5), 'image_id 5'), (dict(category_id=1), 'category_id 1'), (dict(score=math.nan), 'finite'), (dict(bbox=[0, 0, math.inf, 1]), 'finite')])
+    (dict(image_id=5), 'image_id 5'), (dict(category_id=1), 'category_id 1'), (dict(score=math.nan),
+        'finite'), (dict(bbox=[0, 0, math.inf, 1]), 'finite')])
 def test_results_that_do_not_belong(change, says):
     bad = dict(image_id=4, category_id=9, bbox=[0, 0, 1, 1], score=.5) | change
     for f in (E.evaluate_coco, E.evaluate_voc, E.evaluate_crowdhuman):
@@ -139,7 +143,8 @@ def test_results_that_do_not_belong(change, says):
         assert '\n' not in str(e.value)
 
 def test_empty_ground_truth():
-    for truth in (dict(images=[], annotations=[], categories=[dict(id=1, name='a')]), dict(images=[dict(id=1, width=9, height=9)], annotations=[], categories=[])):
+    for truth in (dict(images=[], annotations=[], categories=[dict(id=1, name='a')]),
+            dict(images=[dict(id=1, width=9, height=9)], annotations=[], categories=[])):
         with pytest.raises(InputError, match='no images or no categories'): E.evaluate_coco(truth, [])
     truth = dict(images=[dict(id=1, width=9, height=9)], annotations=[], categories=[dict(id=1, name='a')])
     m = E.evaluate_coco(truth, [dict(image_id=1, category_id=1, bbox=[0, 0, 1, 1], score=.5)])
@@ -152,9 +157,11 @@ def test_classes_of_one_name_both_stand_in_the_table():
     assert list(E.evaluate_coco(truth, [])['per_class']) == ['cell (9)', 'cell (10)']
 
 def test_results_from_outputs():
-    outs = [dict(boxes=torch.tensor([[1., 2, 11, 32], [0, 0, 1, 1]], requires_grad=True), labels=torch.tensor([2, 0]), scores=torch.tensor([.25, .5])),
+    outs = [dict(boxes=torch.tensor([[1., 2, 11, 32], [0, 0, 1, 1]], requires_grad=True), labels=torch.tensor([2, 0]),
+        scores=torch.tensor([.25, .5])),
             dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), scores=torch.zeros(0))]
-    want = [dict(image_id=5, category_id=30, bbox=[1., 2., 10., 30.], score=.25), dict(image_id=5, category_id=10, bbox=[0., 0., 1., 1.], score=.5)]
+    want = [dict(image_id=5, category_id=30, bbox=[1., 2., 10., 30.], score=.25),
+        dict(image_id=5, category_id=10, bbox=[0., 0., 1., 1.], score=.5)]
     for ids in ([10, 20, 30], {0: 10, 1: 20, 2: 30}): assert E.coco_results(outs, torch.tensor([5, 6]), ids) == want
     json.dumps(E.coco_results(outs, np.array([5, 6]), [10, 20, 30]))
     with pytest.raises(ValueError): E.coco_results(outs, [5], [10, 20, 30])
@@ -170,7 +177,7 @@ def test_average_precision_from_its_definition(hits, missed, points):
     for k in range(len(hits)): assert p[k] == pytest.approx(sum(hits[:k+1])/(k+1)) and r[k] == pytest.approx(sum(hits[:k+1])/n)
     best = lambda t: max((p[k] for k in range(len(hits)) if r[k] >= t), default=0.)
     if points: want = sum(best(t) for t in np.linspace(0, 1, points))/points
-    else: want = sum(best(k/n - 1e-9) for k in range(1, n+1))/n                                 # the envelope is flat between k-1 and k found
+    else: want = sum(best(k/n - 1e-9) for k in range(1, n+1))/n  # the envelope is flat between k-1 and k found
     assert E.average_precision(p, r, points) == pytest.approx(want, abs=1e-9)
 
 def slow_verdicts(truth, found, category, thr, rule):
@@ -240,7 +247,8 @@ def slow_crowdhuman(truth, found):
     for ref in (.01, .0178, .0316, .0562, .1, .1778, .3162, .5623, 1.):
         miss = 1-next((q[0] for q in points if q[2] >= ref), points[-1][0]) if points else 1.
         logs.append(math.log(miss) if miss > 0 else -math.inf)
-    return dict(AP=ap, MR=math.exp(sum(logs)/9), recall=points[-1][0] if points else 0., JI=max(slow_ji(truth, found, s/10) for s in range(10)))
+    return dict(AP=ap, MR=math.exp(sum(logs)/9), recall=points[-1][0] if points else 0.,
+        JI=max(slow_ji(truth, found, s/10) for s in range(10)))
 
 def slow_ji(truth, found, score):
     "Jaccard index with the best pairing found by trying them all."
@@ -278,13 +286,14 @@ def test_miss_rate_by_hand():
 def test_ignore_region_by_the_detections_own_area():
     truth = two_objects(); truth['annotations'][0].update(ignore=1, bbox=[0, 0, 58, 100])
     at = lambda b, s: dict(image_id=4, category_id=9, bbox=b, score=s)
-    person, small = at([60, 0, 40, 40], .5), at([5, 5, 8, 8], .9)                               # the small box: IoU with the region 0.01, inside by all of its area
+    person, small = at([60, 0, 40, 40], .5), at([5, 5, 8, 8], .9)  # the small box: IoU with the region 0.01, inside by all of its area
     m = E.evaluate_crowdhuman(truth, [person, small])
     assert (m['AP'], m['MR'], m['JI']) == (1, 0, 1)
     assert E.evaluate_crowdhuman(truth, [person, at([52, 60, 20, 20], .9)])['AP'] < .6           # mostly outside: false
 
 def test_crowdhuman_cuts_boxes_to_the_image():
-    truth = two_objects(); truth['annotations'] = [truth['annotations'][0] | dict(bbox=[-100, 0, 140, 40])]      # a body of which 40 px are in the image
+    # a body of which 40 px are in the image
+    truth = two_objects(); truth['annotations'] = [truth['annotations'][0] | dict(bbox=[-100, 0, 140, 40])]
     seen = dict(image_id=4, category_id=9, bbox=[0, 0, 40, 40], score=.9)
     assert E.evaluate_crowdhuman(truth, [seen])['AP'] == 1 and E.evaluate_voc(truth, [seen])['mAP'] == 0
 
@@ -331,7 +340,8 @@ def test_command_with_the_runs_own_data(bccd, tmp_path, monkeypatch, capsys):
     made = []
     def load(run, checkpoint='best'): made.append((checkpoint, Oracle(bccd))); return made[-1][1]
     monkeypatch.setattr(E, 'load_detector', load)
-    code = E.main([run, '--split', 'test', '--no-nms', '--checkpoint', 'last', '--score-threshold', '.2', '--device', 'cpu', '--metrics', *E.METRICS,
+    code = E.main([run, '--split', 'test', '--no-nms', '--checkpoint', 'last', '--score-threshold', '.2', '--device', 'cpu', '--metrics',
+        *E.METRICS,
                    '--out', tmp_path/'m.json', '--results', tmp_path/'r.json', '--batch_size=2'])
     out = capsys.readouterr()
     assert code == 0, out.err
@@ -342,7 +352,8 @@ def test_command_with_the_runs_own_data(bccd, tmp_path, monkeypatch, capsys):
     assert m['coco']['AP'] == pytest.approx(1, abs=1e-9) and m['settings']['nms'] is False and m['voc']['mAP'] == pytest.approx(1)
     assert by_pycocotools(bccd.ground_truth(), json.loads((tmp_path/'r.json').read_text()))[0][0] == pytest.approx(1, abs=1e-9)
     assert E.main([run, '--split', 'test', '--device', 'cpu']) == 0 and made[-1][1].how == {}        # as the run has it
-    (run/'config.json').write_text(json.dumps(json.loads((run/'config.json').read_text()) | dict(train=dict(data=str(ROOT/'tests'/'data'/'bccd'), val_split='test'))))
+    (run/'config.json').write_text(json.dumps(json.loads((run/'config.json').read_text())
+        | dict(train=dict(data=str(ROOT/'tests'/'data'/'bccd'), val_split='test'))))
     assert E.main([run, '--device', 'cpu']) == 0 and made[-1][1].batches                              # the split it was validated on
 
 def test_command_matches_classes_by_name(bccd, tmp_path, monkeypatch, capsys):
@@ -358,19 +369,24 @@ def test_command_matches_classes_by_name(bccd, tmp_path, monkeypatch, capsys):
     assert err.count('\n') == 1 and 'RBC, cat' in err and ', '.join(bccd.classes) in err
 
 @pytest.mark.parametrize('argv, says', [
-    (['nowhere'], 'nowhere'), (['{tmp}'], 'config.json'), (['{run}', '--data', '{tmp}/none'], 'none'), (['{run}', '--split', 'vall'], 'vall'),
+    (['nowhere'], 'nowhere'), (['{tmp}'], 'config.json'), (['{run}', '--data', '{tmp}/none'], 'none'), (['{run}', '--split', 'vall'],
+        'vall'),
     (['{run}', '--backend', 'x'], 'backend'), (['{run}', '--batch_size', '0'], 'batch_size'), (['{run}', '--device', 'abacus'], 'abacus'),
-    (['{run}', '--out', '{tmp}/no/where.json'], 'where.json'), ([], 'RUN'), (['{run}', '--split', 'test', '--frobnicate'], 'frobnicate'), (['{broken}'], 'config.json')])
+    (['{run}', '--out', '{tmp}/no/where.json'], 'where.json'), ([], 'RUN'), (['{run}', '--split', 'test', '--frobnicate'],
+        'frobnicate'), (['{broken}'], 'config.json')])
 def test_command_with_bad_input(bccd, tmp_path, monkeypatch, capsys, argv, says):
-    run = fake_run(tmp_path/'run', list(bccd.classes), data=str(ROOT/'tests'/'data'/'bccd')); broken = tmp_path/'broken'; broken.mkdir(); (broken/'config.json').write_text('{"a')
+    run = fake_run(tmp_path/'run', list(bccd.classes), data=str(ROOT/'tests'/'data'/'bccd')); broken = tmp_path/'broken'; broken.mkdir()
+    (broken/'config.json').write_text('{"a')
     monkeypatch.setattr(E, 'load_detector', lambda *a: Oracle(bccd))
-    assert E.main([a.format(tmp=tmp_path, run=run, broken=broken) for a in argv] + (['--split', 'test'] if '{run}' in argv and '--split' not in argv else [])) == 2
+    assert E.main([a.format(tmp=tmp_path, run=run, broken=broken) for a in argv]
+        + (['--split', 'test'] if '{run}' in argv and '--split' not in argv else [])) == 2
     out = capsys.readouterr()
     assert out.out == '' and out.err.startswith('error: ') and out.err.count('\n') == 1 and says in out.err
 
 def test_command_without_objects(bccd, tmp_path, monkeypatch, capsys):
     from PIL import Image
-    (tmp_path/'d'/'val').mkdir(parents=True); (tmp_path/'d'/'annotations').mkdir(); Image.new('RGB', (40, 30)).save(tmp_path/'d'/'val'/'a.png')
+    (tmp_path/'d'/'val').mkdir(parents=True); (tmp_path/'d'/'annotations').mkdir()
+    Image.new('RGB', (40, 30)).save(tmp_path/'d'/'val'/'a.png')
     gt = dict(images=[dict(id=1, file_name='a.png', width=40, height=30)], annotations=[], categories=[dict(id=1, name='a')])
     (tmp_path/'d'/'annotations'/'instances_val.json').write_text(json.dumps(gt))
     monkeypatch.setattr(E, 'load_detector', lambda *a: Oracle(bccd))
@@ -384,7 +400,8 @@ def real_run(tmp_path_factory):
     torch.manual_seed(0); run = tmp_path_factory.mktemp('runs')/'run'; run.mkdir()
     classes = list(E.load_dataset('shapes', 'val', n=1).classes)
     model = Detector('fcos', backbone='tiny', num_classes=len(classes)); save_weights(model, run/'best.safetensors')
-    (run/'config.json').write_text(json.dumps(dict(train=dict(data='shapes', size=0, max_size=0, data_options=dict(n=6)), detector=model.config, classes=classes)))
+    (run/'config.json').write_text(json.dumps(dict(train=dict(data='shapes', size=0, max_size=0, data_options=dict(n=6)),
+        detector=model.config, classes=classes)))
     return run
 
 def test_command_in_a_process_of_its_own(real_run, tmp_path):
@@ -399,7 +416,8 @@ def test_command_in_a_process_of_its_own(real_run, tmp_path):
 def test_settings_reach_the_real_detector(real_run):
     seen = {}
     for nms in (True, False):
-        _, found = E.evaluate_run(real_run, device='cpu', nms=nms, score_threshold=0., nms_threshold=.01, max_detections=2000); seen[nms] = len(found)
+        _, found = E.evaluate_run(real_run, device='cpu', nms=nms, score_threshold=0., nms_threshold=.01, max_detections=2000)
+        seen[nms] = len(found)
     assert seen[False] > seen[True]                                                              # without NMS more boxes stay
     _, found = E.evaluate_run(real_run, device='cpu', score_threshold=0., max_detections=7)
     assert len(found) == 6*7

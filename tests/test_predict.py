@@ -8,8 +8,10 @@ from ala_nb.geometry import InputError
 from ala_nb import predict as P
 
 class Spots(torch.nn.Module):
-    "A detector that finds the bright parts of dark images: one box around them, of class 1, score 0.75; and one of class 0, score 0.1, over the whole image."
-    def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.zeros(())); self.classes, self.how, self.batches, self.fail = ['all', 'spot'], {}, [], None
+    "Finds the bright part of a dark image: a box around it, class 1, score 0.75; and one over the whole image, class 0, score 0.1."
+    def __init__(self):
+        super().__init__(); self.w = torch.nn.Parameter(torch.zeros(()))
+        self.classes, self.how, self.batches, self.fail = ['all', 'spot'], {}, [], None
     def detect(self, images, **how): self.how = how; return self(images)
     def forward(self, images):
         assert not self.training; self.batches.append([tuple(x.shape) for x in images]); out = []
@@ -33,7 +35,8 @@ def model(monkeypatch):
 
 @pytest.fixture
 def run(tmp_path):
-    (tmp_path/'run').mkdir(); (tmp_path/'run'/'config.json').write_text(json.dumps(dict(train=dict(size=0, max_size=0), classes=['all', 'spot'], detector={})))
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run'/'config.json').write_text(json.dumps(dict(train=dict(size=0, max_size=0), classes=['all', 'spot'], detector={})))
     return tmp_path/'run'
 
 @pytest.fixture
@@ -72,13 +75,17 @@ def test_every_kind_of_image(model, run, tmp_path):
         np.testing.assert_allclose(r['bbox'], [30, 20, 20, 40], atol=1.1, err_msg=i['file_name'])         # JPEG bleeds
         with Image.open(tmp_path/'out'/i['picture']) as im: assert im.size == (480, 320) and im.mode == 'RGB'
 
-@pytest.mark.parametrize('x', [spot(), np.stack([spot()]*3, -1), torch.from_numpy(np.stack([spot()]*3)), torch.from_numpy(np.stack([spot()]*3))/255, Image.fromarray(spot()),
-                               Image.fromarray(spot().astype(np.uint16)*257), Image.fromarray(spot().astype(np.float32)), Image.fromarray(spot()).convert('RGBA')])
+@pytest.mark.parametrize('x',
+    [spot(), np.stack([spot()]*3, -1), torch.from_numpy(np.stack([spot()]*3)), torch.from_numpy(np.stack([spot()]*3))/255,
+    Image.fromarray(spot()),
+    Image.fromarray(spot().astype(np.uint16)*257), Image.fromarray(spot().astype(np.float32)), Image.fromarray(spot()).convert('RGBA')])
 def test_api_takes_arrays_tensors_and_pil(x):
     (out,) = P.predict(Spots(), x, score_threshold=.5)
     assert out['boxes'].tolist() == [list(SPOT)] and out['names'] == ['spot'] and out['scores'].tolist() == [.75]
 
-@pytest.mark.parametrize('bad', [np.zeros((4, 5, 4), np.uint8), np.zeros((0, 5, 3), np.uint8), torch.zeros(1, 4, 5), torch.full((3, 4, 5), 2.), torch.full((3, 4, 5), torch.nan),
+@pytest.mark.parametrize('bad',
+    [np.zeros((4, 5, 4), np.uint8), np.zeros((0, 5, 3), np.uint8), torch.zeros(1, 4, 5), torch.full((3, 4, 5), 2.),
+    torch.full((3, 4, 5), torch.nan),
                                  torch.zeros(3, 4, 5, dtype=torch.int64), np.zeros(7)])
 def test_api_refuses_what_is_no_image(bad):
     with pytest.raises(InputError): P.predict(Spots(), [bad])
@@ -118,13 +125,17 @@ def test_ids_of_a_data_set(model, run, tmp_path):
     from ala_nb.data import load_dataset
     d = tmp_path/'set'; (d/'val').mkdir(parents=True); (d/'annotations').mkdir()
     for n in ('x.png', 'y.png'): Image.fromarray(spot()).save(d/'val'/n)
-    gt = dict(images=[dict(id=70, file_name='y.png', width=120, height=80), dict(id=9, file_name='x.png', width=120, height=80)], categories=[dict(id=4, name='spot'), dict(id=2, name='all')],
-              annotations=[dict(id=i+1, image_id=k, category_id=4, bbox=[30, 20, 20, 40], area=800, iscrowd=0) for i, k in enumerate((70, 9))])
+    gt = dict(images=[dict(id=70, file_name='y.png', width=120, height=80), dict(id=9, file_name='x.png', width=120, height=80)],
+        categories=[dict(id=4, name='spot'), dict(id=2, name='all')],
+              annotations=[dict(id=i+1, image_id=k, category_id=4, bbox=[30, 20, 20, 40], area=800, iscrowd=0) for i,
+                  k in enumerate((70, 9))])
     file = d/'annotations'/'instances_val.json'; file.write_text(json.dumps(gt))
     said = P.predict_files(run, [d/'val'], tmp_path/'out', annotations=file)
-    assert [(i['id'], Path(i['file_name']).name) for i in said['images']] == [(9, 'x.png'), (70, 'y.png')] and {a['category_id'] for a in said['annotations']} == {4}
+    assert [(i['id'], Path(i['file_name']).name) for i in said['images']] == [(9, 'x.png'), (70, 'y.png')] and {a['category_id']
+        for a in said['annotations']} == {4}
     assert evaluate_coco(load_dataset(d, 'val').ground_truth(), said['annotations'])['AP'] == pytest.approx(1)
-    for change, says in ((dict(images=[]), 'no image x.png'), (dict(categories=[dict(id=4, name='spot')]), "no class 'all'"), (dict(images=3), 'not a COCO'), (dict(images=[{}]), 'file_name')):
+    for change, says in ((dict(images=[]), 'no image x.png'), (dict(categories=[dict(id=4, name='spot')]), "no class 'all'"),
+            (dict(images=3), 'not a COCO'), (dict(images=[{}]), 'file_name')):
         file.write_text(json.dumps(gt | change))
         with pytest.raises(InputError, match=says): P.predict_files(run, [d/'val'], tmp_path/'out2', annotations=file)
     assert not (tmp_path/'out2').exists()
@@ -141,7 +152,7 @@ def test_overwrite_and_inputs_that_must_stay(model, run, folder, tmp_path):
     for over in (False, True):
         with pytest.raises(InputError, match='is an input'): P.predict_files(run, [folder], folder, overwrite=over)
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
-    P.predict_files(run, [folder], folder, pictures=False); assert 'predictions.json' in files(folder)    # the JSON beside the images is fine
+    P.predict_files(run, [folder], folder, pictures=False); assert 'predictions.json' in files(folder)  # the JSON beside the images is fine
 
 @pytest.mark.parametrize('existed', [False, True])
 def test_all_or_nothing(model, run, folder, tmp_path, existed):
@@ -151,7 +162,8 @@ def test_all_or_nothing(model, run, folder, tmp_path, existed):
     with pytest.raises(OSError): P.predict_files(run, [folder], out, batch_size=1)
     assert len(model.batches) == 3                                               # two pictures were drawn, and are gone
     assert files(out) == ['mine.txt'] if existed else not (tmp_path/'deep').exists()
-    model.fail = None; P.predict_files(run, [folder], out); assert 'predictions.json' in files(out) and not any(f.startswith('.') for f in files(out))
+    model.fail = None; P.predict_files(run, [folder], out)
+    assert 'predictions.json' in files(out) and not any(f.startswith('.') for f in files(out))
 
 def test_broken_files_are_found_first(model, run, folder, tmp_path, capsys):
     whole = (folder/'c.jpg').read_bytes()
@@ -173,9 +185,12 @@ def test_a_folder_of_one_size_after_another_and_tiny_images(model, run, tmp_path
 # ---- the command
 
 @pytest.mark.parametrize('argv, says', [
-    (['{tmp}/none', '{d}', '--out', '{tmp}/o'], 'none'), (['{run}', '{tmp}/none.jpg', '--out', '{tmp}/o'], 'none.jpg'), (['{run}', '{d}'], '--out'), (['{run}', '--out', '{tmp}/o'], 'IMAGE_OR_DIR'),
-    (['{run}', '{tmp}/empty', '--out', '{tmp}/o'], 'empty'), (['{run}', '{d}', '--out', '{d}/a.png'], 'is a file'), (['{run}', '{d}', '--out', '{tmp}/o', '--score_threshold', '2'], 'score_threshold'),
-    (['{run}', '{d}/notes.txt', '--out', '{tmp}/o'], 'notes.txt'), (['{run}', '{d}', '--out', '{tmp}/o', '--device', 'abacus'], 'abacus'), (['{run}', '{d}', '--out', '{tmp}/o', '--batch-size', 'x'], 'batch_size')])
+    (['{tmp}/none', '{d}', '--out', '{tmp}/o'], 'none'), (['{run}', '{tmp}/none.jpg', '--out', '{tmp}/o'], 'none.jpg'), (['{run}', '{d}'],
+        '--out'), (['{run}', '--out', '{tmp}/o'], 'IMAGE_OR_DIR'),
+    (['{run}', '{tmp}/empty', '--out', '{tmp}/o'], 'empty'), (['{run}', '{d}', '--out', '{d}/a.png'],
+        'is a file'), (['{run}', '{d}', '--out', '{tmp}/o', '--score_threshold', '2'], 'score_threshold'),
+    (['{run}', '{d}/notes.txt', '--out', '{tmp}/o'], 'notes.txt'), (['{run}', '{d}', '--out', '{tmp}/o', '--device', 'abacus'],
+        'abacus'), (['{run}', '{d}', '--out', '{tmp}/o', '--batch-size', 'x'], 'batch_size')])
 def test_bad_input_is_one_line_and_nothing_is_written(model, run, folder, tmp_path, capsys, argv, says):
     (tmp_path/'empty').mkdir(); before = files(tmp_path)
     assert P.main([a.format(tmp=tmp_path, d=folder, run=run) for a in argv]) == 2
@@ -183,17 +198,22 @@ def test_bad_input_is_one_line_and_nothing_is_written(model, run, folder, tmp_pa
     assert out.out == '' and out.err.startswith('error: ') and out.err.count('\n') == 1 and says in out.err and files(tmp_path) == before
 
 def test_command(model, run, folder, tmp_path, capsys):
-    assert P.main([run, folder, '--out', tmp_path/'o', '--score-threshold', '.05', '--no-nms', '--device', 'cpu', '--batch_size', '2', '--no-pictures']) == 0
+    assert P.main([run, folder, '--out', tmp_path/'o', '--score-threshold', '.05', '--no-nms', '--device', 'cpu', '--batch_size', '2',
+        '--no-pictures']) == 0
     out = capsys.readouterr().out
-    assert '3 images, 6 boxes' in out and '3 all, 3 spot' in out and files(tmp_path/'o') == ['predictions.json'] and model.how == dict(nms=False, score_threshold=.05)
+    assert '3 images, 6 boxes' in out and '3 all, 3 spot' in out and files(tmp_path/'o') == ['predictions.json']
+    assert model.how == dict(nms=False, score_threshold=.05)
     model.fail = 0
     assert P.main([run, folder, '--out', tmp_path/'o2']) == 1 and 'No space' in capsys.readouterr().err and not (tmp_path/'o2').exists()
 
 def test_in_a_process_of_its_own(tmp_path, folder):
     from ala_nb.detector import Detector, save_weights
-    torch.manual_seed(0); m = Detector('fcos', backbone='tiny', num_classes=2); run = tmp_path/'real'; run.mkdir(); save_weights(m, run/'best.safetensors')
+    torch.manual_seed(0); m = Detector('fcos', backbone='tiny', num_classes=2); run = tmp_path/'real'; run.mkdir()
+    save_weights(m, run/'best.safetensors')
     (run/'config.json').write_text(json.dumps(dict(train=dict(size=64, max_size=0), detector=m.config, classes=['all', 'spot'])))
-    r = subprocess.run([sys.executable, '-m', 'ala_nb.predict', str(run), str(folder), '--out', 'out', '--score_threshold', '0', '--max_detections', '5', '--device', 'cpu'],
+    r = subprocess.run([sys.executable, '-m', 'ala_nb.predict', str(run), str(folder), '--out', 'out', '--score_threshold', '0',
+        '--max_detections', '5', '--device', 'cpu'],
                        cwd=tmp_path, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'))
     assert r.returncode == 0, r.stderr
-    assert files(tmp_path/'out') == ['a.png', 'b.png', 'c.jpg', 'predictions.json'] and len(json.loads((tmp_path/'out'/'predictions.json').read_text())['annotations']) == 15
+    assert files(tmp_path/'out') == ['a.png', 'b.png', 'c.jpg',
+        'predictions.json'] and len(json.loads((tmp_path/'out'/'predictions.json').read_text())['annotations']) == 15
