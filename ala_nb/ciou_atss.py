@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from .geometry import InputError, distance_iou, distance_overlap, centerness
 from .pairs import Predictions, Objects, Pairs, nearest_pairs
-from .losses import ClassTable, focal_positive, focal_negative, quality_focal, varifocal_positive, joint_positive, joint_negative, normalizer
+from .losses import (ClassTable, focal_positive, focal_negative, quality_focal, varifocal_positive,
+                           joint_positive, joint_negative, normalizer)
 from .methods import Method, HeadSpec, Assignment, choice
 
 # %% ../nbs/07_ciou_atss.ipynb #c005
@@ -128,7 +129,8 @@ class ATSS(Method):
 
     def assign(self, preds, objects, progress):
         third = self.head.third
-        if third is not None and preds.obj_logits is None: raise InputError(f"obj_logits: missing, but the third branch is {third!r}; give (B, P)")
+        if third is not None and preds.obj_logits is None: raise InputError(
+            f"obj_logits: missing, but the third branch is {third!r}; give (B, P)")
         pairs = nearest_pairs(preds, objects, self.k)
         table, dist = ClassTable(preds, pairs), pairs.distances(preds)
         with torch.no_grad():
@@ -136,7 +138,8 @@ class ATSS(Method):
             pos = pos.to(dist); target, quality = target*pos, quality*pos
         n, n_box = self.divisors(pairs, pos, quality)
         branch = None if third is None else pairs.third(preds)
-        cls = joint_class_loss(table, preds.obj_logits, branch, pos, n) if third=='objectness' else class_loss(table, pos, target, n, self.cls_loss)
+        cls = joint_class_loss(table, preds.obj_logits, branch, pos, n) if third=='objectness' else \
+              class_loss(table, pos, target, n, self.cls_loss)
         box = giou_loss(dist, pairs.targets, self.variant=='mmdet')
         losses = dict(loss_cls=cls, loss_reg=self.box_weight*(quality*box).sum()/n_box)
         if third in ('centerness','iou'):
@@ -174,9 +177,11 @@ class CombinedIoU(ATSS):
         anchor_scale:float=8., # side of the anchors, strides
         box_weight:float=2.,  # of the GIoU loss
     ):
-        choice('variant', variant, self.variants); choice('cls_loss', cls_loss, tuple(CLS_LOSSES)); choice('third_branch', third_branch, ('iou','centerness',None))
+        choice('variant', variant, self.variants); choice('cls_loss', cls_loss, tuple(CLS_LOSSES))
+        choice('third_branch', third_branch, ('iou','centerness',None))
         self._set(num_classes, variant, k, anchor_scale, box_weight, third_branch)
-        self.cls_loss, self.anchor_weight, self.pred_weight = cls_loss, check_weight('anchor_weight', anchor_weight), check_weight('pred_weight', pred_weight)
+        self.cls_loss = cls_loss
+        self.anchor_weight, self.pred_weight = check_weight('anchor_weight', anchor_weight), check_weight('pred_weight', pred_weight)
         if anchor_weight == pred_weight == 0: raise InputError("anchor_weight, pred_weight: both 0; at least one overlap must count")
 
     def select(self, pairs, distances, progress):

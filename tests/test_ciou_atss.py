@@ -11,14 +11,19 @@ from conftest import golden_case, load_golden
 from golden_util import case_inputs, compare
 
 CIOU, STATIC = 'ciou_atss', 'atss'
-FILES = dict(ciou_qfl_iou=(CIOU, {}), ciou_vfl_iou=(CIOU, dict(cls_loss='vfl')), ciou_qfl_centerness=(CIOU, dict(third_branch='centerness')),
-             ciou_focal_centerness=(CIOU, dict(cls_loss='focal', third_branch='centerness')), ciou_released=(CIOU, dict(variant='released')),
+FILES = dict(ciou_qfl_iou=(CIOU, {}), ciou_vfl_iou=(CIOU, dict(cls_loss='vfl')),
+             ciou_qfl_centerness=(CIOU, dict(third_branch='centerness')),
+             ciou_focal_centerness=(CIOU, dict(cls_loss='focal', third_branch='centerness')),
+             ciou_released=(CIOU, dict(variant='released')),
              atss=(STATIC, {}), atss_mmdet=(STATIC, dict(variant='mmdet')), atss_released=(STATIC, dict(variant='released')))
-ROWS = [(f, c) for f in FILES for c in sorted({k.split('/')[0] for k in load_golden(f)})]    # ties too: the lower index comes first here as there
+# ties too: the lower index comes first here as there
+ROWS = [(f, c) for f in FILES for c in sorted({k.split('/')[0] for k in load_golden(f)})]
 OPTIONS = [(STATIC, {}), (STATIC, dict(variant='released')), (STATIC, dict(variant='mmdet')), (STATIC, dict(third_branch='objectness')),
-           (STATIC, dict(third_branch=None)), (CIOU, {}), (CIOU, dict(variant='released', cls_loss='vfl')), (CIOU, dict(cls_loss='focal', third_branch='centerness')),
+           (STATIC, dict(third_branch=None)), (CIOU, {}), (CIOU, dict(variant='released', cls_loss='vfl')),
+           (CIOU, dict(cls_loss='focal', third_branch='centerness')),
            (CIOU, dict(cls_loss='focal')), (CIOU, dict(third_branch=None)), (CIOU, dict(anchor_weight=0, third_branch='centerness')),
-           (CIOU, dict(pred_weight='rising', anchor_weight='falling')), (CIOU, dict(pred_weight=0, cls_loss='vfl')), (CIOU, dict(pred_weight=1.5, k=5, anchor_scale=4.))]
+           (CIOU, dict(pred_weight='rising', anchor_weight='falling')), (CIOU, dict(pred_weight=0, cls_loss='vfl')),
+           (CIOU, dict(pred_weight=1.5, k=5, anchor_scale=4.))]
 
 # -- golden ------------------------------------------------------------------------------------------------------------------------
 
@@ -35,7 +40,8 @@ def test_golden(file, case):
                 owner = torch.where(w.sum(1) > 0, w.argmax(1), -1) if w.shape[1] else torch.full((len(w),), -1)
                 if f'owner_{i}' in g: np.testing.assert_array_equal(owner.numpy(), g[f'owner_{i}'])
                 if f'soft_target_{i}' in g:
-                    np.testing.assert_allclose(out.dense('target', i).sum(1), g[f'soft_target_{i}'], rtol=0, atol=1e-7 if dtype == torch.float64 else 1e-6)
+                    atol = 1e-7 if dtype == torch.float64 else 1e-6
+                    np.testing.assert_allclose(out.dense('target', i).sum(1), g[f'soft_target_{i}'], rtol=0, atol=atol)
                 if f'threshold_{i}' in g and name == CIOU:
                     p, legacy = out.pairs, options.get('variant') == 'released'
                     anchor = anchor_iou(p, legacy=legacy)
@@ -49,12 +55,14 @@ def random_batch(seed, counts, size, strides=(8, 16, 32), K=3, offset=.5, kind='
     r = np.random.default_rng(seed); h, w = size; sizes = level_sizes(h, w, strides); n = sum(a*b for a, b in sizes)
     tensor = lambda x: torch.as_tensor(x, dtype=dtype).requires_grad_()
     points, steps = grid_points(sizes, strides, offset, dtype=dtype)
-    leaves = tensor(r.normal(-2, 2, (len(counts), n, K))), tensor(np.exp(r.normal(.8, .7, (len(counts), n, 4)))*steps.numpy()[:, None]), tensor(r.normal(0, 2, (len(counts), n)))
+    B = len(counts)
+    leaves = (tensor(r.normal(-2, 2, (B, n, K))), tensor(np.exp(r.normal(.8, .7, (B, n, 4)))*steps.numpy()[:, None]),
+              tensor(r.normal(0, 2, (B, n))))
     targets = []
     for c in counts:
         centre = r.uniform(0, 1, (c, 2))*[w, h]
-        side = dict(mixed=np.exp(r.uniform(np.log(2), np.log(1.5*max(h, w)), (c, 2))), tiny=r.uniform(.2, 3, (c, 2)), whole=np.full((c, 2), [w, h], float),
-                    grid=4.*r.integers(1, 24, (c, 2)))[kind]
+        side = dict(mixed=np.exp(r.uniform(np.log(2), np.log(1.5*max(h, w)), (c, 2))), tiny=r.uniform(.2, 3, (c, 2)),
+                    whole=np.full((c, 2), [w, h], float), grid=4.*r.integers(1, 24, (c, 2)))[kind]
         if kind == 'whole': centre = np.full((c, 2), [w/2, h/2])
         if kind == 'grid': centre = 4.*r.integers(0, [w//4, h//4], (c, 2))                 # many exactly equal distances
         boxes = np.concatenate([centre-side/2, centre+side/2], 1)
@@ -62,7 +70,8 @@ def random_batch(seed, counts, size, strides=(8, 16, 32), K=3, offset=.5, kind='
     return Predictions(leaves[0], leaves[1], points, steps, leaves[2], sizes), targets, leaves
 
 def brute_force(preds, targets, weights, k=9, scale=8., plus=0., margin=.01):
-    "For every image: owner of each location (-1: none) and PIoU (P, G). Plain numpy, one object and location after the other; `plus` 1 for legacy widths."
+    """For every image: owner of each location (-1: none) and PIoU (P, G); and how near the closest decision was.
+    Plain numpy, one object and location after the other; `plus` 1 for legacy widths."""
     pts, st, dist = (x.detach().numpy() for x in (preds.points, preds.strides, preds.distances))
     out, gap = [], np.inf
     def iou(a, b):
@@ -93,7 +102,8 @@ def owners(out):
         w = out.dense('pos', i)
         yield torch.where(w.sum(1) > 0, w.argmax(1), -1).numpy() if w.shape[1] else np.full(len(w), -1)
 
-CASES = dict(seed=st.integers(0, 10**6), counts=st.lists(st.integers(0, 5), min_size=1, max_size=3), size=st.tuples(st.integers(9, 120), st.integers(9, 120)),
+CASES = dict(seed=st.integers(0, 10**6), counts=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+             size=st.tuples(st.integers(9, 120), st.integers(9, 120)),
              offset=st.sampled_from((.5, 0.)), kind=st.sampled_from(('mixed', 'mixed', 'grid', 'tiny', 'whole')))
 
 @settings(max_examples=40, deadline=None)
@@ -134,15 +144,18 @@ def naive_losses(preds, targets, kind, third, assigned, plus, mmdet):
         s = x.sigmoid(); bce = F.binary_cross_entropy_with_logits(x, y, reduction='none')
         if third == 'objectness':
             s = s*o.sigmoid()[:, None]; cls = cls + torch.where(hot > 0, -.25*(1-s)**2*s.log(), -.75*s**2*(1-s).log()).sum()
-        else: cls = cls + dict(focal=torch.where(hot > 0, .25*(1-s)**2, .75*s**2)*bce, qfl=(y-s)**2*bce, vfl=torch.where(hot > 0, y, .75*s**2)*bce)[kind].sum()
+        else:
+            weight = dict(focal=torch.where(hot > 0, .25*(1-s)**2, .75*s**2), qfl=(y-s)**2, vfl=torch.where(hot > 0, y, .75*s**2))[kind]
+            cls = cls + (weight*bce).sum()
     n, total = (per_image, max(total, 1)) if mmdet else (max(n, 1), max(total, 1e-6))
     out = dict(loss_cls=cls/n, loss_reg=2*reg/total)
     if third in ('iou', 'centerness'): out['loss_branch'] = branch/n
     return out
 
 @settings(max_examples=30, deadline=None)
-@given(**CASES, options=st.sampled_from([(STATIC, {}), (STATIC, dict(variant='mmdet')), (STATIC, dict(third_branch='objectness')), (CIOU, {}),
-                                         (CIOU, dict(cls_loss='vfl', variant='released')), (CIOU, dict(cls_loss='focal', third_branch='centerness'))]), K=st.sampled_from((1, 3)))
+@given(**CASES, K=st.sampled_from((1, 3)), options=st.sampled_from([
+    (STATIC, {}), (STATIC, dict(variant='mmdet')), (STATIC, dict(third_branch='objectness')), (CIOU, {}),
+    (CIOU, dict(cls_loss='vfl', variant='released')), (CIOU, dict(cls_loss='focal', third_branch='centerness'))]))
 def test_losses_equal_a_dense_derivation(seed, counts, size, offset, kind, options, K):
     name, o = options; m = build(name, K, **o)
     preds, targets, leaves = random_batch(seed, counts, size, offset=offset, kind=kind, K=K)
@@ -153,7 +166,9 @@ def test_losses_equal_a_dense_derivation(seed, counts, size, offset, kind, optio
     out = m(preds, Objects.from_targets(targets))
     assert sorted(out.losses) == sorted(want)
     tol = 3e-6 if m.variant == 'mmdet' else 1e-6            # the releases' small numbers; boxes of 0.04 px² feel them most
-    for k in want: assert abs(float(out.losses[k].detach())-float(torch.as_tensor(want[k]).detach())) <= tol*max(float(torch.as_tensor(want[k]).detach()), 1e-3), k
+    for k in want:
+        w = float(torch.as_tensor(want[k]).detach())
+        assert abs(float(out.losses[k].detach())-w) <= tol*max(w, 1e-3), k
     mine = torch.autograd.grad(out.total, leaves, allow_unused=True)
     ref = torch.autograd.grad(sum(v if torch.is_tensor(v) else preds.cls_logits.sum()*0 for v in want.values()), leaves, allow_unused=True)
     for a, b in zip(mine, ref):
@@ -169,34 +184,36 @@ def test_one_class_and_many(K):
 
 # -- batches -----------------------------------------------------------------------------------------------------------------------
 
-def image_of(preds, i): return Predictions(preds.cls_logits[i:i+1], preds.distances[i:i+1], preds.points, preds.strides, preds.obj_logits[i:i+1])
+def with_images(preds, pick):
+    "Predictions whose (B, ...) tensors went through `pick`."
+    return Predictions(pick(preds.cls_logits), pick(preds.distances), preds.points, preds.strides, pick(preds.obj_logits))
 
 @pytest.mark.parametrize('name,options', OPTIONS)
 def test_batched_equals_one_by_one(name, options):
     "The assignment is equal; losses are sums over images divided by what `divisors` says of the whole batch."
     preds, objects, _, z = case_inputs('empty_in_batch')
     m = build(name, z['n_class'], **options); whole = m(preds, objects, .3)
-    parts = [m(image_of(preds, i), Objects.from_targets(z['targets'][i:i+1]), .3) for i in range(preds.n_images)]
+    parts = [m(with_images(preds, lambda x: x[i:i+1]), Objects.from_targets(z['targets'][i:i+1]), .3) for i in range(preds.n_images)]
     for k in whole.weights: assert torch.equal(torch.cat([p.weights[k] for p in parts]), whole.weights[k]), k
-    div = lambda o: dict(zip(('loss_cls', 'loss_reg', 'loss_branch'), (*m.divisors(o.pairs, o.weights['pos'], o.weights['quality']), m.divisors(o.pairs, o.weights['pos'], o.weights['quality'])[0])))
+    div = lambda o, k: m.divisors(o.pairs, o.weights['pos'], o.weights['quality'])[k == 'loss_reg']
     for k in whole.losses:
-        assert torch.allclose(sum(p.losses[k]*div(p)[k] for p in parts), whole.losses[k]*div(whole)[k], rtol=1e-12), k
+        assert torch.allclose(sum(p.losses[k]*div(p, k) for p in parts), whole.losses[k]*div(whole, k), rtol=1e-12), k
 
 @pytest.mark.parametrize('name,options', OPTIONS)
 def test_order_of_objects_and_images(name, options):
     preds, objects, _, z = case_inputs('normal')
     m = build(name, z['n_class'], **options); a = m(preds, objects, .3)
     b = m(preds, Objects.from_targets([dict(boxes=t['boxes'].flip(0), labels=t['labels'].flip(0)) for t in z['targets']]), .3)
-    flipped = Predictions(preds.cls_logits.flip(0), preds.distances.flip(0), preds.points, preds.strides, preds.obj_logits.flip(0))
-    c = m(flipped, Objects.from_targets(z['targets'][::-1]), .3)
-    for k in a.losses: assert torch.allclose(a.losses[k], b.losses[k], rtol=1e-12) and torch.allclose(a.losses[k], c.losses[k], rtol=1e-12)
+    c = m(with_images(preds, lambda x: x.flip(0)), Objects.from_targets(z['targets'][::-1]), .3)
+    for k in a.losses:
+        for other in (b, c): assert torch.allclose(a.losses[k], other.losses[k], rtol=1e-12)
 
 @pytest.mark.parametrize('name,options', [(STATIC, {}), (STATIC, dict(variant='mmdet')), (CIOU, {})])
 def test_an_empty_image_changes_only_the_documented(name, options):
     "It adds background to the class loss and nothing to the others; in mmdetection's variant it also counts as one positive."
     preds, objects, _, z = case_inputs('normal')
-    quiet = lambda x, v: torch.cat([x, torch.full_like(x[:1], v)])
-    more = Predictions(quiet(preds.cls_logits, -60.), quiet(preds.distances, 10.), preds.points, preds.strides, quiet(preds.obj_logits, 0.))   # no class loss of its own
+    fill = lambda x: -60. if x is preds.cls_logits else 1.                # no class loss of its own
+    more = with_images(preds, lambda x: torch.cat([x, torch.full_like(x[:1], fill(x))]))
     none = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0).long())
     m = build(name, z['n_class'], **options); a, b = m(preds, objects), m(more, Objects.from_targets([*z['targets'], none]))
     n = float(a.weights['pos'].sum()); share = n/(n+1) if options else 1.
@@ -218,7 +235,8 @@ def test_what_each_loss_teaches(name, options):
         assert {n for n, g in grads.items() if g is not None and g.any()} == teaches[k], k
 
 @pytest.mark.parametrize('name,options', OPTIONS)
-@pytest.mark.parametrize('case', ('crowded', 'all_empty', 'tiny_only', 'tiny_mixed', 'saturated', 'duplicates_same_class', 'whole_image_exact'))
+@pytest.mark.parametrize('case', ('crowded', 'all_empty', 'tiny_only', 'tiny_mixed', 'saturated', 'duplicates_same_class',
+                                  'whole_image_exact'))
 def test_finite_and_connected(name, options, case):
     preds, objects, leaves, z = case_inputs(case, torch.float32)
     m = build(name, z['n_class'], **options); out = m(preds, objects, .5)
@@ -231,20 +249,22 @@ def test_corners_of_the_inputs():
     "One-pixel boxes, empty boxes, predictions of no size, extreme logits, one cell in the pyramid."
     preds, _, leaves = random_batch(0, (1, 1), (60, 60), dtype=torch.float32)
     boxes = torch.tensor([[12., 12, 13, 13], [11.5, 11.5, 12.5, 12.5], [20, 20, 20, 20], [30, 30, 20, 20], [-500, -500, 600, 600]])
-    objects = Objects.from_targets([dict(boxes=boxes, labels=torch.tensor([0, 1, 2, 0, 1])), dict(boxes=boxes[:0], labels=torch.zeros(0).long())])
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    objects = Objects.from_targets([dict(boxes=boxes, labels=labels), dict(boxes=boxes[:0], labels=labels[:0])])
     flat = Predictions(leaves[0]*100, leaves[1]*0, preds.points, preds.strides, leaves[2]*100)
     for name, options in OPTIONS:
         for p in (preds, flat):
             out = build(name, 3, **options)(p, objects, .5)
             for g in torch.autograd.grad(out.total, leaves[:2], retain_graph=True): assert torch.isfinite(g).all(), (name, options)
     one = Predictions.from_maps([torch.zeros(1, 2, 1, 1)], [torch.full((1, 4, 1, 1), 3.)], [torch.zeros(1, 1, 1, 1)], (8,))
-    for m in (ATSS(2), CombinedIoU(2)): assert m(one, Objects.from_targets([dict(boxes=torch.tensor([[0., 0, 8, 8]]), labels=torch.tensor([1]))])).weights['pos'].tolist() == [1.]
+    whole = Objects.from_targets([dict(boxes=torch.tensor([[0., 0, 8, 8]]), labels=torch.tensor([1]))])
+    for m in (ATSS(2), CombinedIoU(2)): assert m(one, whole).weights['pos'].tolist() == [1.]
 
 @pytest.mark.parametrize('m', (ATSS(3), ATSS(3, third_branch='objectness'), CombinedIoU(3)))
 def test_float32_under_autocast(m):
     preds, targets, leaves = random_batch(1, (5, 0), (64, 96), dtype=torch.float32)
     low = Predictions(leaves[0].bfloat16(), leaves[1].bfloat16(), preds.points, preds.strides, leaves[2].bfloat16())
-    objects = Objects.from_targets(targets); rounded = Predictions(*(x.bfloat16().float() for x in leaves[:2]), preds.points, preds.strides, leaves[2].bfloat16().float())
+    objects, rounded = Objects.from_targets(targets), with_images(low, lambda x: x.float())
     want = m(rounded, objects)
     with torch.autocast('cpu', torch.bfloat16): out = m(low, objects)
     for k, v in out.losses.items(): assert v.dtype == torch.float32 and torch.equal(v, want.losses[k])
@@ -255,9 +275,11 @@ def test_float32_under_autocast(m):
 def test_special_cases_of_the_options():
     preds, objects, _, z = case_inputs('normal'); K = z['n_class']
     same = lambda a, b: all(torch.allclose(a.losses[k], b.losses[k], rtol=1e-12) for k in a.losses)
-    for v in ('paper', 'released'): assert same(ATSS(K, v)(preds, objects), CombinedIoU(K, v, 'focal', 'centerness', pred_weight=0)(preds, objects))
+    for v in ('paper', 'released'):
+        assert same(ATSS(K, v)(preds, objects), CombinedIoU(K, v, 'focal', 'centerness', pred_weight=0)(preds, objects))
     for p in (0., .25, 1.):
-        assert same(CombinedIoU(K, pred_weight='rising', anchor_weight='falling')(preds, objects, p), CombinedIoU(K, pred_weight=p, anchor_weight=1-p)(preds, objects))
+        moving, fixed = CombinedIoU(K, pred_weight='rising', anchor_weight='falling'), CombinedIoU(K, pred_weight=p, anchor_weight=1-p)
+        assert same(moving(preds, objects, p), fixed(preds, objects))
     assert not same(CombinedIoU(K, anchor_weight='falling')(preds, objects, .9), CombinedIoU(K)(preds, objects, .9))
     a, b = CombinedIoU(K, anchor_weight=2., pred_weight=2.)(preds, objects), CombinedIoU(K)(preds, objects)
     assert torch.equal(a.weights['pos'], b.weights['pos'])                        # only the ratio counts
@@ -274,20 +296,24 @@ def test_better_predictions_become_positive():
 def test_legacy_widths():
     preds, targets, _ = random_batch(2, (6,), (64, 64)); pairs = nearest_pairs(preds, Objects.from_targets(targets))
     d, t = pairs.distances(preds), pairs.targets
-    iou = lambda a, b: (i := torch.minimum(a, b)[:, :2].add(torch.minimum(a, b)[:, 2:]).add(1).clamp(min=0).prod(1))/((a[:, :2]+a[:, 2:]+1).prod(1)+(b[:, :2]+b[:, 2:]+1).prod(1)-i)
-    assert torch.allclose(predicted_iou(d, t, True), iou(d, t)) and torch.allclose(anchor_iou(pairs, 8, True), iou((4*pairs.stride-.5)[:, None].expand(-1, 4), t))
+    area = lambda x: (x[:, :2]+x[:, 2:]+1).clamp(min=0).prod(1)
+    iou = lambda a, b: (i := area(torch.minimum(a, b)))/(area(a)+area(b)-i)
+    assert torch.allclose(predicted_iou(d, t, True), iou(d, t))
+    assert torch.allclose(anchor_iou(pairs, 8, True), iou((4*pairs.stride-.5)[:, None].expand(-1, 4), t))
 
 def test_scores():
     preds, *_ = random_batch(4, (1,), (40, 40)); p, o = preds.cls_logits.sigmoid(), preds.obj_logits.sigmoid()[..., None]
     assert torch.allclose(ATSS(3).scores(preds), (p*o).sqrt()) and torch.allclose(ATSS(3, third_branch='objectness').scores(preds), p*o)
     assert torch.allclose(ATSS(3, third_branch=None).scores(preds), p)
     assert torch.allclose(CombinedIoU(3).scores(preds), torch.where(p > .05, (p*o).sqrt(), 0.))
-    c = CombinedIoU(3).combine(torch.linspace(0, 1, 101), torch.tensor(.5)); assert (c.diff() >= 0).all() and (c[:6] == 0).all() and c[7] > 0
+    c = CombinedIoU(3).combine(torch.linspace(0, 1, 101), torch.tensor(.5))
+    assert (c.diff() >= 0).all() and (c[:6] == 0).all() and c[7] > 0
 
 @pytest.mark.parametrize('name,options,says', [
-    (STATIC, dict(variant='relased'), "'released'"), (STATIC, dict(third_branch='iou'), 'third_branch'), (STATIC, dict(k=0), 'k: 0'), (STATIC, dict(anchor_scale=-1), 'anchor_scale'),
-    (CIOU, dict(variant='mmdet'), 'variant'), (CIOU, dict(cls_loss='gfl'), "'qfl'"), (CIOU, dict(third_branch='objectness'), 'third_branch'),
-    (CIOU, dict(anchor_weight='up'), 'anchor_weight'), (CIOU, dict(pred_weight=-.5), 'pred_weight'), (CIOU, dict(anchor_weight=0, pred_weight=0), 'both 0'), (STATIC, dict(topk=9), 'topk')])
+    (STATIC, dict(variant='relased'), "'released'"), (STATIC, dict(third_branch='iou'), 'third_branch'), (STATIC, dict(k=0), 'k: 0'),
+    (STATIC, dict(anchor_scale=-1), 'anchor_scale'), (CIOU, dict(variant='mmdet'), 'variant'), (CIOU, dict(cls_loss='gfl'), "'qfl'"),
+    (CIOU, dict(third_branch='objectness'), 'third_branch'), (CIOU, dict(anchor_weight='up'), 'anchor_weight'),
+    (CIOU, dict(pred_weight=-.5), 'pred_weight'), (CIOU, dict(anchor_weight=0, pred_weight=0), 'both 0'), (STATIC, dict(topk=9), 'topk')])
 def test_bad_options(name, options, says):
     with pytest.raises(InputError) as e: build(name, 3, **options)
     assert says in str(e.value) and '\n' not in str(e.value)
@@ -298,5 +324,7 @@ def test_missing_branch():
     assert ATSS(3, third_branch=None)(bare, Objects.from_targets(targets)).total.isfinite()
 
 def test_head():
-    for m in (ATSS(3), CombinedIoU(3)): assert (m.head.offset, m.head.cls_prior, m.head.box_activation) == (.5, .01, 'exp') and math.isclose(math.exp(m.head.box_bias), 4)
-    assert ATSS(3, 'mmdet').head.offset == 0 and ATSS(3).head.third == 'centerness' and CombinedIoU(3).head.third == 'iou' and not list(CombinedIoU(3).parameters())
+    for m in (ATSS(3), CombinedIoU(3)):
+        h = m.head; assert (h.offset, h.cls_prior, h.box_activation) == (.5, .01, 'exp')
+        assert math.isclose(math.exp(h.box_bias), 4) and not list(m.parameters())          # starts at its anchors
+    assert ATSS(3, 'mmdet').head.offset == 0 and ATSS(3).head.third == 'centerness' and CombinedIoU(3).head.third == 'iou'
