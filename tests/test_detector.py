@@ -72,7 +72,8 @@ def test_trainable_layers_counts_from_the_last(n):
     assert trained == {m for names in body.stages[5-n:] for m in names}
 
 @pytest.mark.parametrize('size', [(32, 32), (33, 65), (100, 120), (31, 257)])
-@pytest.mark.parametrize('name,strides', [('tiny', (8, 16, 32)), ('tiny', (4, 8, 16, 32, 64)), ('resnet18', (8, 16, 32, 64, 128)), ('resnet18', (16, 32))])
+@pytest.mark.parametrize('name,strides', [('tiny', (8, 16, 32)), ('tiny', (4, 8, 16, 32, 64)), ('resnet18', (8, 16, 32, 64, 128)),
+                                          ('resnet18', (16, 32))])
 def test_levels_have_the_sizes_that_geometry_says(name, strides, size):
     model = Detector(Toy(), name, 3, channels=8, head_convs=0, strides=strides).eval()
     preds, sizes = model.predict_maps([torch.rand(3, *size)])
@@ -100,7 +101,8 @@ def test_o2f_third_branch():
     head = Head(HeadSpec(third='objectness', third_convs=3), 5, 256, 1, (8,))
     convs = [m for m in head.third_tower if isinstance(m, nn.Conv2d)]
     assert [(m.in_channels, m.out_channels, m.kernel_size) for m in convs] == [(256, 64, (3, 3)), (64, 64, (3, 3)), (64, 64, (3, 3))]
-    assert [m.num_groups for m in head.third_tower if isinstance(m, nn.GroupNorm)] == [32]*3 and head.third.in_channels == 64
+    assert [m.num_groups for m in head.third_tower if isinstance(m, nn.GroupNorm)] == [32]*3
+    assert head.third.in_channels == 64
 
 def test_head_starts_with_small_weights():
     head = Head(HeadSpec(**EVERYTHING), 5, 256, 1, (8,))
@@ -121,7 +123,8 @@ def test_pooled_and_property():
     assert preds.property_logits.shape == (2, 2, 6, 4)       # two levels: the last one is the coarse one
     torch.testing.assert_close(preds.pooled, torch.stack([m.mean((2, 3)) for m in levels], 1))
     p = head.property
-    literal = p.mix(torch.cat([p.lateral(levels[0]), nn.functional.interpolate(levels[1], size=(6, 4), mode='bilinear', align_corners=False)], 1))
+    enlarged = nn.functional.interpolate(levels[1], size=(6, 4), mode='bilinear', align_corners=False)
+    literal = p.mix(torch.cat([p.lateral(levels[0]), enlarged], 1))
     torch.testing.assert_close(preds.property_logits, literal, atol=1e-5, rtol=1e-4)
 
 
@@ -150,7 +153,7 @@ def slow_refine(d, z, stride, how):
                             said = float(d[b, k, cy, cx])/stride
                             if how == 'bilinear': side += weight*said if weight else 0.
                             else: side += weight*(cell[axis[k]] + outward[k]*said)
-                    dist = (outward[k]*(at[axis[k]]-here[axis[k]]) + side) if how == 'bilinear' else outward[k]*(side-here[axis[k]])
+                    dist = outward[k]*(at[axis[k]]-here[axis[k]]) + side if how == 'bilinear' else outward[k]*(side-here[axis[k]])
                     out[b, k, j, i] = max(dist, 0)*stride
     return out
 
@@ -170,7 +173,8 @@ def test_refinement_keeps_an_agreed_box_even_outside_the_map(how):
 @pytest.mark.parametrize('how', ['deform', 'bilinear'])
 def test_refinement_gradients(how):
     d, z = torch.rand(1, 4, 3, 3, dtype=torch.float64)*10+8, torch.rand(1, 8, 3, 3, dtype=torch.float64)*.3+.1
-    assert torch.autograd.gradcheck(lambda a, b: D.refine_distances(a, b, 8., how), (d.requires_grad_(), z.requires_grad_()), eps=1e-5, atol=1e-4)
+    refine = lambda a, b: D.refine_distances(a, b, 8., how)
+    assert torch.autograd.gradcheck(refine, (d.requires_grad_(), z.requires_grad_()), eps=1e-5, atol=1e-4)
 
 def test_refined_distances_are_what_the_detector_returns():
     for how in ('deform', 'bilinear'):
@@ -184,9 +188,10 @@ def test_refined_distances_are_what_the_detector_returns():
 # ---- in and out
 
 @pytest.mark.parametrize('bad,words', [
-    (dict(boxes=torch.tensor([[0., 0, float('nan'), 4]])), 'not finite'), (dict(boxes=torch.tensor([[0., 0, float('inf'), 4]])), 'not finite'),
+    (dict(boxes=torch.tensor([[0., 0, float('nan'), 4]])), 'not finite'),
+    (dict(boxes=torch.tensor([[0., 0, float('inf'), 4]])), 'not finite'),
     (dict(boxes=torch.tensor([[5., 0, 5, 4]])), 'positive width'), (dict(boxes=torch.tensor([[0., 4, 5, 3]])), 'positive width'),
-    (dict(boxes=torch.zeros(1, 5)), r'\(G, 4\)'), (dict(boxes=torch.zeros(2, 4)), 'do not fit'), (dict(boxes=[[0, 0, 1, 1]]), 'give a tensor'),
+    (dict(boxes=torch.zeros(1, 5)), r'\(G, 4\)'), (dict(boxes=torch.zeros(2, 4)), 'do not fit'), (dict(boxes=[[0, 0, 1, 1]]), 'a tensor'),
     (dict(labels=torch.tensor([3])), 'label 3'), (dict(labels=torch.tensor([-1])), 'label -1'), (dict(labels=torch.tensor([1.])), 'int64')])
 def test_bad_targets_name_image_and_field(bad, words):
     model, good = Detector(Toy(), 'tiny', 3), target((1, 1, 5, 5, 0))
@@ -204,11 +209,12 @@ def test_missing_and_mismatched_targets():
     for targets, words in ((None, 'eval'), ([], 'for 1 images'), ([dict(boxes=torch.zeros(0, 4))], "no 'labels'")):
         with pytest.raises(InputError, match=words): model([im], targets)
 
-@pytest.mark.parametrize('images,words', [([torch.rand(1, 8, 8)], r'images\[0\]'), ([torch.zeros(3, 8, 8, dtype=torch.uint8)], '255'), ([torch.rand(3, 0, 8)], r'images\[0\]'), (['a.jpg'], 'str')])
+@pytest.mark.parametrize('images,words', [([torch.rand(1, 8, 8)], r'images\[0\]'), ([torch.zeros(3, 8, 8, dtype=torch.uint8)], '255'),
+                                          ([torch.rand(3, 0, 8)], r'images\[0\]'), (['a.jpg'], 'str')])
 def test_bad_images(images, words):
     with pytest.raises(InputError, match=words): Detector(Toy(), 'tiny', 3).eval()(images)
 
-@pytest.mark.parametrize('empty', [target(), dict(boxes=torch.zeros(0), labels=torch.zeros(0)), dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))])
+@pytest.mark.parametrize('empty', [target(), dict(boxes=torch.zeros(0), labels=torch.zeros(0))])
 def test_images_without_objects(empty):
     model = Detector('fcos', 'tiny', 3)
     for targets in ([empty, target((1, 1, 20, 20, 2))], [empty, empty]):
@@ -243,13 +249,15 @@ def dense_detections(preds, sizes, method, threshold, nms_threshold, topk, most,
             best = best[flat[best] > threshold]
             at, k = best//preds.n_classes, best % preds.n_classes
             p, d = preds.points[a:z][at], preds.distances[b, a:z][at]
-            boxes.append(torch.stack([(p[:, 0]-d[:, 0]).clamp(0, w), (p[:, 1]-d[:, 1]).clamp(0, h), (p[:, 0]+d[:, 2]).clamp(0, w), (p[:, 1]+d[:, 3]).clamp(0, h)], 1))
+            corners = torch.cat([p-d[:, :2], p+d[:, 2:]], 1)
+            boxes.append(torch.minimum(corners.clamp(min=0), torch.tensor([w, h, w, h])))
             s.append(flat[best]); l.append(k)
         boxes, s, l = map(torch.cat, (boxes, s, l))
         ok = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]); boxes, s, l = boxes[ok], s[ok], l[ok]
         kept = []
         for i in s.argsort(descending=True).tolist():
-            if not nms or all(l[j] != l[i] or torchvision.ops.box_iou(boxes[j][None], boxes[i][None]) <= nms_threshold for j in kept): kept.append(i)
+            apart = lambda j: l[j] != l[i] or torchvision.ops.box_iou(boxes[j][None], boxes[i][None]) <= nms_threshold
+            if not nms or all(map(apart, kept)): kept.append(i)
         kept = kept[:most]
         out.append(dict(boxes=boxes[kept], labels=l[kept], scores=s[kept]))
     return out
@@ -293,7 +301,8 @@ def test_diverged_weights_detect_nothing():
     nn.init.constant_(model.head.cls.bias, float('nan'))
     assert len(model([torch.rand(3, 40, 40)])[0]['scores']) == 0
 
-def test_targets_are_ignored_in_evaluation(): assert isinstance(Detector(Toy(), 'tiny', 3).eval()([torch.rand(3, 32, 32)], [target()]), list)
+def test_targets_are_ignored_in_evaluation():
+    assert isinstance(Detector(Toy(), 'tiny', 3).eval()([torch.rand(3, 32, 32)], [target()]), list)
 
 def test_tv_tensors_are_welcome():
     from torchvision import tv_tensors
@@ -345,11 +354,11 @@ def test_parameters_of_torchvisions_fcos(classes):
         a, b = ([m for m in x.modules() if isinstance(m, (nn.Conv2d, nn.GroupNorm))] for x in (a, b))
         for p, q in zip(a, b, strict=True): p.load_state_dict(q.state_dict())
     ours.body.load_state_dict(theirs.backbone.body.state_dict())
-    copy_convs(ours.pyramid.fpn.inner_blocks, theirs.backbone.fpn.inner_blocks); copy_convs(ours.pyramid.fpn.layer_blocks, theirs.backbone.fpn.layer_blocks)
-    copy_convs(ours.pyramid.fpn.extra_blocks, theirs.backbone.fpn.extra_blocks)
+    for part in ('inner_blocks', 'layer_blocks', 'extra_blocks'):
+        copy_convs(getattr(ours.pyramid.fpn, part), getattr(theirs.backbone.fpn, part))
     h, g = ours.head, theirs.head
-    for a, b in ((h.cls_tower, g.classification_head.conv), (h.cls, g.classification_head.cls_logits), (h.box_tower, g.regression_head.conv),
-                 (h.box, g.regression_head.bbox_reg), (h.third, g.regression_head.bbox_ctrness)): copy_convs(a, b)
+    for a, b in ((h.cls_tower, g.classification_head.conv), (h.cls, g.classification_head.cls_logits),
+                 (h.box_tower, g.regression_head.conv), (h.box, g.regression_head.bbox_reg), (h.third, g.regression_head.bbox_ctrness)): copy_convs(a, b)
     ours.eval(), theirs.eval()
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
@@ -362,10 +371,14 @@ def test_parameters_of_torchvisions_fcos(classes):
 # ---- names and numbers in the configuration
 
 @pytest.mark.parametrize('options,words', [
-    (dict(method='fcosx'), "'fcos'"), (dict(backbone='resnet81'), "'resnet18'"), (dict(norm='bach'), "'batch'"), (dict(p6_from='c6'), "'c5'"), (dict(chanels=8), "'channels'"),
-    (dict(num_classes=0), 'num_classes'), (dict(num_classes=2.5), 'num_classes'), (dict(channels='48'), 'channels'), (dict(head_convs=-1), 'head_convs'), (dict(trainable_layers=6), '0 to 5'),
-    (dict(strides=(8, 32)), 'strides'), (dict(score_threshold=-.1), 'score_threshold'), (dict(nms_threshold='x'), 'nms_threshold'), (dict(topk=0), 'topk'), (dict(nms='no'), 'nms'),
-    (dict(weights='nothere.pth'), 'nothere.pth'), (dict(weights='imagenet'), 'ImageNet'), (dict(method_options=dict(centre=1)), 'centre_sampling')])
+    (dict(method='fcosx'), "'fcos'"), (dict(backbone='resnet81'), "'resnet18'"), (dict(norm='bach'), "'batch'"),
+    (dict(p6_from='c6'), "'c5'"),
+    (dict(chanels=8), "'channels'"), (dict(num_classes=0), 'num_classes'), (dict(num_classes=2.5), 'num_classes'),
+    (dict(channels='48'), 'channels'),
+    (dict(head_convs=-1), 'head_convs'), (dict(trainable_layers=6), '0 to 5'), (dict(strides=(8, 32)), 'strides'), (dict(topk=0), 'topk'),
+    (dict(score_threshold=-.1), 'score_threshold'), (dict(nms_threshold='x'), 'nms_threshold'), (dict(nms='no'), 'nms'),
+    (dict(weights='nothere.pth'), 'nothere.pth'), (dict(weights='imagenet'), 'ImageNet'),
+    (dict(method_options=dict(centre=1)), 'centre_sampling')])
 def test_bad_options_are_named(options, words):
     with pytest.raises(InputError, match=words) as e: Detector(**{**dict(method='fcos', backbone='tiny', num_classes=3), **options})
     assert '\n' not in str(e.value)
@@ -379,8 +392,9 @@ def test_built_method():
     with_options = build('fcos', 3, reg_loss='iou'); with_options.options = dict(reg_loss='iou')
     assert Detector(with_options, 'tiny', 3).config == Detector('fcos', 'tiny', 3, method_options=dict(reg_loss='iou')).config
 
-@pytest.mark.parametrize('options', [{}, dict(backbone='resnet18', norm='frozen', trainable_layers=2, p6_from='c5', channels=32), dict(strides=(4, 8, 16), nms=False, mean=(.5, .5, .5), pad_to=16),
-                                     dict(method_options=dict(ranges=(20, 40)))])
+@pytest.mark.parametrize('options', [
+    {}, dict(backbone='resnet18', norm='frozen', trainable_layers=2, p6_from='c5', channels=32),
+    dict(strides=(4, 8, 16), nms=False, mean=(.5, .5, .5), pad_to=16), dict(method_options=dict(ranges=(20, 40)))])
 def test_config_rebuilds(options):
     model = Detector(**{**dict(method='fcos', backbone='tiny', num_classes=3), **options})
     config = json.loads(json.dumps(model.config))
@@ -403,13 +417,15 @@ def test_weights_from_files(tmp_path):
     donor = torchvision.models.resnet18(weights=None)
     state = donor.state_dict()
     forms = dict(plain=state, wrapped=dict(state_dict={f'module.{k}': v for k, v in state.items()}, epoch=3),
-                 detector={**{f'backbone.body.{k}': v for k, v in state.items()}, 'head.x': torch.zeros(1)}, mmdet=dict(state_dict={f'backbone.{k}': v for k, v in state.items()}))
+                 detector={**{f'backbone.body.{k}': v for k, v in state.items()}, 'head.x': torch.zeros(1)},
+                 mmdet=dict(state_dict={f'backbone.{k}': v for k, v in state.items()}))
     for name, form in forms.items():
         torch.save(form, tmp_path/f'{name}.pth')
         with warnings.catch_warnings():
             warnings.simplefilter('error')
             model = Detector('fcos', 'resnet18', 3, weights=tmp_path/f'{name}.pth')
-        assert model.config['norm'] == 'frozen' and model.config['trainable_layers'] == 3 and model.config['weights'] == str(tmp_path/f'{name}.pth')
+        c = model.config
+        assert c['norm'] == 'frozen' and c['trainable_layers'] == 3 and c['weights'] == str(tmp_path/f'{name}.pth')
         ours = model.body.state_dict()
         assert all(torch.equal(ours[k], state[k]) for k in ours)
     # with frozen statistics it computes what torchvision's does in evaluation
@@ -420,14 +436,17 @@ def test_weights_from_files(tmp_path):
 def test_part_of_a_backbone_is_taken_with_a_warning(tmp_path):
     state = torchvision.models.resnet18(weights=None).state_dict()
     torch.save({k: v for k, v in state.items() if not k.startswith('layer4')}, tmp_path/'part.pth')
-    with pytest.warns(UserWarning, match='layer4'): model = Detector('fcos', 'resnet18', 3, weights=tmp_path/'part.pth', norm='batch', trainable_layers=5)
+    with pytest.warns(UserWarning, match='layer4'):
+        model = Detector('fcos', 'resnet18', 3, weights=tmp_path/'part.pth', norm='batch', trainable_layers=5)
     assert torch.equal(model.body.layer3[0].conv1.weight, state['layer3.0.conv1.weight'])
 
 def test_weights_that_do_not_fit(tmp_path):
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path/'r18.pth')
-    torch.save([1, 2], tmp_path/'list.pth'); (tmp_path/'broken.pth').write_bytes(b'PK\3\4 nothing'); (tmp_path/'broken.safetensors').write_bytes(b'\xff'*20)
-    for name, file, norm, words in (('resnet50', 'r18.pth', None, 'another backbone'), ('tiny', 'r18.pth', None, 'no tensor'), ('resnet18', 'r18.pth', 'group', "norm='group'"),
-                                    ('tiny', 'list.pth', None, 'no state dict'), ('tiny', 'broken.pth', None, 'cannot be read'), ('tiny', 'broken.safetensors', None, 'cannot be read')):
+    torch.save([1, 2], tmp_path/'list.pth')
+    (tmp_path/'broken.pth').write_bytes(b'PK\3\4 nothing'); (tmp_path/'broken.safetensors').write_bytes(b'\xff'*20)
+    for name, file, norm, words in (('resnet50', 'r18.pth', None, 'another backbone'), ('tiny', 'r18.pth', None, 'no tensor'),
+                                    ('resnet18', 'r18.pth', 'group', "norm='group'"), ('tiny', 'list.pth', None, 'no state dict'),
+                                    ('tiny', 'broken.pth', None, 'cannot be read'), ('tiny', 'broken.safetensors', None, 'cannot be read')):
         with pytest.raises(InputError, match=words) as e: Detector('fcos', name, 3, weights=tmp_path/file, norm=norm)
         assert file in str(e.value) and '\n' not in str(e.value)
 
@@ -435,7 +454,8 @@ def test_imagenet_without_a_network(monkeypatch):
     from urllib.error import URLError
     def offline(*a, **kw): raise URLError('no network')
     monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', offline)
-    with pytest.raises(InputError, match='put the file at .*checkpoints.*resnet18-.*pth'): Detector('fcos', 'resnet18', 3, weights='imagenet')
+    with pytest.raises(InputError, match='put the file at .*checkpoints.*resnet18-.*pth'):
+        Detector('fcos', 'resnet18', 3, weights='imagenet')
     state = torchvision.models.resnet18(weights=None).state_dict()
     monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', lambda url, **kw: state)
     model = Detector('fcos', 'resnet18', 3, weights='imagenet')
@@ -455,8 +475,9 @@ def test_save_and_load(tmp_path):
         (tmp_path/'config.json').write_text(json.dumps(dict(detector=model.config, classes=model.classes, train={})))
         images = [torch.rand(3, 50, 64)]; loud(model); save_weights(model, tmp_path/'best.safetensors')
         want = model(images)[0]
-        for again in (load_detector(tmp_path), load_detector(str(tmp_path), 'best'), load_detector(tmp_path/'config.json'), load_detector(tmp_path/'best.safetensors'),
-                      load_detector(dict(detector=model.config, classes=model.classes), tmp_path/'best.safetensors')):
+        stored = dict(detector=model.config, classes=model.classes)
+        for again in (load_detector(tmp_path), load_detector(str(tmp_path), 'best'), load_detector(tmp_path/'config.json'),
+                      load_detector(tmp_path/'best.safetensors'), load_detector(stored, tmp_path/'best.safetensors')):
             assert again.config == model.config and again.classes == ['a', 'b', 'c'] and not again.training
             assert all(torch.equal(again(images)[0][k], want[k]) for k in want)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['best.safetensors', 'config.json', 'last.safetensors']
