@@ -105,8 +105,10 @@ def normalizer(
 # %% ../nbs/02_losses.ipynb #c023
 class _Buffers:
     "Scratch tensors reused from block to block."
-    def __init__(self, like:Tensor, n:int): self.all, self.zero = like.new_empty(4, n), like.new_zeros(())
-    def __call__(self, x): return [b[:x.numel()].view(x.shape) for b in self.all]
+    def __init__(self, like:Tensor, n:int): self.all, self.zero, self.views = like.new_empty(4, n), like.new_zeros(()), {}
+    def __call__(self, x):
+        if x.shape not in self.views: self.views[x.shape] = [b[:x.numel()].view(x.shape) for b in self.all]
+        return self.views[x.shape]
 
 def _fast_block(x, minus_o, scale, buf, grad):
     "Sum of F over a block, and the gradient into `grad`; returns q·dF/dq (for the objectness). `minus_o` is -σ(obj), broadcastable, or None."
@@ -213,10 +215,11 @@ class _Reader:
         "For each block: which pairs read it (None: all) and where."
         k = p.n_classes
         if len(p.cls_blocks) == 1 and not p.class_first[0]: return [(None, q.cell*k + q.labels)]
-        out, row = [], q.image*k + q.labels
-        for pos,a,(h,w),class_first in zip(q.by_level, p.level_starts, p.level_sizes, p.class_first):
-            loc = q.loc.index_select(0,pos) - a
-            out.append((pos, row.index_select(0,pos)*(h*w) + loc if class_first else (q.image.index_select(0,pos)*(h*w) + loc)*k + q.labels.index_select(0,pos)))
+        out, (image, label) = [], (q.objects.image, q.objects.labels)
+        for l,(pos,a,(h,w),class_first) in enumerate(zip(q.by_level, p.level_starts, p.level_sizes, p.class_first)):
+            loc = q.loc.index_select(0, pos)
+            start = (image*k + label)*(h*w) - a if class_first else (image*(h*w) - a)*k + label    # (N,) where an object's rows of the block begin
+            out.append((pos, q.spread_on(start, l).add_(loc if class_first else loc*k)))
         return out
 
     def read(self, blocks, n):
@@ -224,11 +227,11 @@ class _Reader:
         for b,(pos,at) in zip(blocks, self.at):
             v = b.reshape(-1).index_select(0, at)
             if pos is None: return v
-            out.index_copy_(0, pos, v)
+            out.scatter_(0, pos, v)
         return out
 
     def write(self, grads, g):
-        for b,(pos,at) in zip(grads, self.at): b.view(-1).index_add_(0, at, g if pos is None else g.index_select(0,pos))
+        for b,(pos,at) in zip(grads, self.at): b.view(-1).scatter_add_(0, at, g if pos is None else g.index_select(0,pos))
 
     def take_gradient(self):
         "The dense gradient; used up by a backward pass, computed again for a second one."

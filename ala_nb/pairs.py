@@ -239,8 +239,12 @@ class Pairs:
         counts = self._level_counts
         first = counts.flatten().cumsum(0).view_as(counts) - counts       # where (object, level) begins in the list
         before = counts.cumsum(0) - counts                                # ... and among the pairs of its level
-        return [torch.repeat_interleave(first[:,l]-before[:,l], counts[:,l], output_size=m)
-                + torch.arange(m, device=self.loc.device) for l,m in enumerate(self._per_level)]
+        return [torch.repeat_interleave(first[:,l]-before[:,l], counts[:,l], output_size=m).add_(torch.arange(m, device=self.loc.device))
+                for l,m in enumerate(self._per_level)]
+    def spread_on(self, per_object:Tensor, l:int)->Tensor:
+        "Give every pair of level `l` its object's value: (N,) to the order of `by_level[l]`."
+        if self._level_counts is None: return per_object.index_select(0, self.obj.index_select(0, self.by_level[l]))
+        return torch.repeat_interleave(per_object, self._level_counts[:,l], output_size=self._per_level[l])
 
     def select(self,
         mask:Tensor, # (E,) bool
@@ -504,9 +508,10 @@ def last_of_class(self:Pairs,
     "False where a later object of the same image and class also covers the location (it overwrites, as in released code)."
     if (slots := self._class_slots()) is None: return torch.ones(len(self), dtype=torch.bool, device=self.loc.device)
     start, n, alone = slots
-    last, keep = torch.full((n,), -1, dtype=torch.int32, device=self.loc.device), []
+    small = torch.int16 if len(self.objects) < 1<<15 else torch.int32
+    last, keep = torch.full((n,), -1, dtype=small, device=self.loc.device), []
     pieces = [*zip(self.loc.split(size), self.obj.split(size))]
-    for loc,obj in pieces: last.scatter_reduce_(0, start.index_select(0, obj).add_(loc), obj.int(), 'amax')
+    for loc,obj in pieces: last.scatter_reduce_(0, start.index_select(0, obj).add_(loc), obj.to(small), 'amax')
     for loc,obj in pieces: keep.append((last.index_select(0, start.index_select(0, obj).add_(loc)) == obj).logical_or_(alone.index_select(0, obj)))
     return torch.cat(keep)
 
