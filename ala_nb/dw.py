@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['BAGS', 'NEGATIVES', 'WEIGHTINGS', 'consistency', 'pos_weight', 'read_bag', 'candidates', 'neg_probability',
            'stretched_neg_probability', 'neg_weight', 'aligned_target', 'coupled_weights', 'autoassign_weights',
-           'overlaps', 'check', 'DW']
+           'pieces', 'overlaps', 'giou_slopes', 'box_loss', 'class_terms', 'check', 'DW']
 
 # %% ../nbs/09_dw.ipynb #c002
 import math
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from .geometry import InputError, distance_overlap
 from .pairs import Predictions, Objects, Pairs, inside_pairs, center_pairs, nearest_pairs
@@ -63,9 +64,10 @@ def candidates(
     "Candidate bags and centre prior (DW, Table 4)."
     if kind=='topk': return nearest_pairs(preds, objects, int(size)), None
     pairs = center_pairs(preds, objects, size) if kind=='radius' else inside_pairs(preds, objects)
-    r2 = pairs.offsets.square().sum(-1)
+    l,t,r,b = pairs.targets.unbind(-1)
+    r2 = (l-r).square_().add_((t-b).square_()).div_(pairs.stride.square()).div_(4)       # (l-r)/2 and (t-b)/2 from the centre
     if kind=='radius': return pairs.select(r2 < size**2), None
-    prior = (r2/(-2*sigma**2)).exp_()
+    prior = r2.div_(-2*sigma**2).exp_()
     return pairs, prior if kind=='soft' else (prior > size).to(prior)
 
 # %% ../nbs/09_dw.ipynb #c017
@@ -87,9 +89,10 @@ def stretched_neg_probability(
     eps:float=1e-12, # on both sides of the fraction, as released: a lone location gets 1
 )->Tensor: # (E,), 0 ... 1
     "Probability of being a negative as the release computes it, relative to the object's other locations."
-    x = (1 - iou**gamma1)/(1 - .5**gamma1)
-    low = pairs.min(x); high = pairs.max(x).clamp_(max=1)
-    return torch.where(iou < .5, 1., (x - pairs.spread(low) + eps)/pairs.spread(high - low + eps))
+    power, good = iou**gamma1, .5**gamma1
+    best, eps = pairs.max(power), eps*(1-good)
+    width = best - pairs.min(power).clamp_(min=good) + eps
+    return (pairs.spread(best) - power).add_(eps).div_(pairs.spread(width)).masked_fill_(iou < .5, 1)
 
 # %% ../nbs/09_dw.ipynb #c025
 def neg_weight(
@@ -141,19 +144,112 @@ def autoassign_weights(
     f = (near - pairs.spread(low) + 1e-12)/pairs.spread(high - low + 1e-12)
     return pairs.normalize(strength if prior is None else strength.mul_(prior)), 1-f
 
-# %% ../nbs/09_dw.ipynb #c037
+# %% ../nbs/09_dw.ipynb #c039
+def pieces(x:Tensor)->list:
+    "Slices of `x` (E, ...) that fit the cache of a CPU; long ones on a GPU."
+    size = 1 << (15 if x.device.type=='cpu' else 20)
+    return [slice(a, min(a+size, len(x))) for a in range(0, len(x), size)]
+
+@torch.no_grad()
 def overlaps(
     pred:Tensor,   # (E, 4) px, distances to the predicted sides
     target:Tensor, # (E, 4) px, distances to the object's sides
     eps:float=1e-7, # px²
-): # IoU and 1 - GIoU, each (E,)
+): # IoU and 1 - GIoU, each (E,), without gradient
     "IoU and GIoU loss from the same areas."
-    inter, union, hull = distance_overlap(pred, target)
-    union, hull = union.clamp(min=eps), hull.clamp(min=eps)
-    iou = inter/union
-    return iou, 1 - iou + (hull-union)/hull
+    iou, loss = pred.new_empty(2, len(pred))
+    for at in pieces(pred):
+        inter, union, hull = distance_overlap(pred[at], target[at])
+        union, hull = union.clamp_(min=eps), hull.clamp_(min=eps)
+        torch.sub(2, torch.div(inter, union, out=iou[at]), out=loss[at]).sub_(union.div_(hull))
+    return iou, loss
 
-# %% ../nbs/09_dw.ipynb #c039
+def giou_slopes(pred, target, weight, out, eps=1e-7):
+    "Gradient of Σ weight (1 - GIoU) with respect to `pred` (E, 4), into the rows of `out` (4, E)."
+    (l,t,r,b), (L,T,R,B), least, most = pred.unbind(-1), target.unbind(-1), torch.minimum, torch.maximum
+    iw, ih = least(l,L).add_(least(r,R)), least(t,T).add_(least(b,B))
+    by_x, by_y = ih.clamp(min=0).mul_(iw >= 0), iw.clamp(min=0).mul_(ih >= 0)    # boxes that do not touch have no slope of I
+    hw, hh = most(l,L).add_(most(r,R)), most(t,T).add_(most(b,B))
+    w, h = l+r, t+b
+    inter = by_x*iw.clamp_(min=0); hull = (hw*hh).clamp_(min=eps)
+    union = torch.addcmul(w*h, L+R, T+B).sub_(inter).clamp_(min=eps)
+    by_union = (inter/union.square()).sub_(1/hull).mul_(weight)
+    by_inter = -(weight/union).add_(by_union)
+    by_hull = union.div_(hull.square_()).mul_(weight)
+    for p,q,inner,outer,side,row in ((l,L,by_x,hh,h,out[0]), (t,T,by_y,hw,w,out[1]), (r,R,by_x,hh,h,out[2]), (b,B,by_y,hw,w,out[3])):
+        if_far = torch.addcmul(side*by_union, outer, by_hull)                   # the prediction's side lies beyond the object's
+        if_near = (inner*by_inter).sub_(outer*by_hull)                          # what changes when it does not
+        torch.addcmul(if_far, (q-p).sign_().add_(1).mul_(.5), if_near, out=row) # half of it where they coincide
+
+class _BoxLoss(torch.autograd.Function):
+    "Σ weight (1 - GIoU); the weights are constants."
+    @staticmethod
+    def forward(ctx, pred, target, weight, loss):
+        ctx.save_for_backward(pred, target, weight)
+        return (weight*loss).sum()
+    @staticmethod
+    def backward(ctx, g):
+        pred, target, weight = ctx.saved_tensors
+        out = pred.new_empty(4, len(pred))
+        for at in pieces(pred): giou_slopes(pred[at], target[at], weight[at]*g, out[:,at])
+        return out.t(), None, None, None
+
+def box_loss(
+    pred:Tensor,   # (E, 4) px
+    target:Tensor, # (E, 4) px
+    weight:Tensor, # (E,), a constant
+    loss:Tensor,   # (E,) 1 - GIoU, from `overlaps`
+)->Tensor: # 0-dim
+    "Weighted sum of GIoU losses, with gradient to `pred`."
+    return _BoxLoss.apply(pred, target, weight, loss)
+
+# %% ../nbs/09_dw.ipynb #c042
+def _score_parts(c, o):
+    "s, -ln(1-s), 1-s, and the slopes of ln s: σ(-c), σ(-o)."
+    near, far_c, far_o = torch.sigmoid(c), torch.sigmoid(-c), torch.sigmoid(-o)
+    s, rest = near*torch.sigmoid(o), torch.addcmul(far_c, near, far_o).clamp_(min=torch.finfo(c.dtype).tiny)
+    return s, -torch.where(s < .5, torch.log1p(-s), rest.log()), rest, far_c, far_o
+
+class _ClassTerms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, cls, obj, yes, no, focal, gamma):
+        ctx.save_for_backward(cls, obj, yes, no, focal); ctx.gamma = gamma
+        sums = cls.new_zeros(3)
+        for at in pieces(cls):
+            if yes is not None: sums[0] -= (F.logsigmoid(cls[at]).add_(F.logsigmoid(obj[at]))*yes[at]).sum()
+            if no is None and focal is None: continue
+            s, cost, *_ = _score_parts(cls[at], obj[at])
+            if no is not None: sums[1] += (no[at]*cost).sum()
+            if focal is not None: sums[2] += (focal[at]*s**gamma*cost).sum()
+        return sums.unbind()
+
+    @staticmethod
+    def backward(ctx, g_yes, g_no, g_focal):
+        (cls, obj, yes, no, focal), gamma = ctx.saved_tensors, ctx.gamma
+        out = cls.new_empty(2, len(cls))
+        for at in pieces(cls):
+            s, cost, rest, far_c, far_o = _score_parts(cls[at], obj[at])
+            by_log = torch.zeros_like(s) if yes is None else yes[at]*-g_yes                     # d / d ln s ...
+            by_odds = torch.zeros_like(s) if no is None else no[at]*g_no                        # ... and its part that goes with s/(1-s)
+            if focal is not None:
+                f = s**gamma*focal[at]*g_focal
+                by_log, by_odds = torch.addcmul(by_log, f, cost, value=gamma), by_odds.add_(f)
+            by_odds.mul_(s)
+            for far,row in ((far_c,out[0]), (far_o,out[1])):                              # σ(-c) ≤ 1-s: their ratio cannot overflow
+                torch.mul(by_odds, far/rest, out=row[at]).addcmul_(by_log, far)
+        return out[0], out[1], None, None, None, None
+
+def class_terms(
+    cls:Tensor, obj:Tensor, # (E,) logits of class and objectness at the pairs
+    yes:Tensor=None,   # (E,) weight of -ln s, a constant
+    no:Tensor=None,    # (E,) weight of -ln(1-s), a constant
+    focal:Tensor=None, # (E,) weight of -s^γ ln(1-s), a constant; s^γ carries gradient
+    gamma:float=2.,    # γ
+): # three 0-dim sums
+    "Weighted sums of the class losses of the joint score s, with gradient to both logits."
+    return _ClassTerms.apply(cls, obj, yes, no, focal, gamma)
+
+# %% ../nbs/09_dw.ipynb #c046
 NEGATIVES = 'both', 'probability', 'importance', 'complement', 'none'      # Table 5
 WEIGHTINGS = 'dw', 'gfl', 'vfl', 'tood', 'musu', 'autoassign'              # Tables 1 and 6
 
@@ -190,22 +286,21 @@ class DW(Method):
         self.gamma1, self.gamma2 = check('gamma1', gamma1, 1e-3, 80), check('gamma2', gamma2, 0, 80)
         self.coupled = weighting in ('gfl','vfl','tood','musu')
 
-    @torch.no_grad()
-    def detached(self, score, iou, box_loss, prior, pairs):
+    def dual(self, score, iou, giou_loss, prior, pairs):
         "w_pos and P_neg, each (E,)."
-        t = consistency(score, iou, self.beta) if self.paper and self.weighting=='dw' else score*(-self.beta*box_loss).exp_()
+        t = consistency(score, iou, self.beta) if self.paper and self.weighting=='dw' else (-self.beta*giou_loss).exp_().mul_(score)
         if self.weighting=='autoassign': return autoassign_weights(t, iou, prior, pairs)
         p_neg = neg_probability(iou, self.gamma1) if self.paper else stretched_neg_probability(iou, pairs, self.gamma1)
         return pos_weight(t, prior, pairs, self.mu, self.mu_below), p_neg
 
-    def weigh(self, score, iou, box_loss, prior, pairs):
-        "w_pos, w_neg, w_reg and P_neg (None if coupled), each (E,); as released, the score in w_neg carries gradient."
+    @torch.no_grad()
+    def weigh(self, score, iou, giou_loss, prior, pairs):
+        "w_pos, w_neg, w_reg and P_neg (None if coupled), each (E,): all constants."
         if not self.coupled:
-            pos, p_neg = self.detached(score, iou, box_loss, prior, pairs)
-            return pos, neg_weight(p_neg, score.detach() if self.paper else score, pos, self.negative, self.gamma2), pos, p_neg
-        quality = iou.detach()
-        t = quality if self.weighting in ('gfl','vfl') else aligned_target(score.detach(), quality, pairs, self.beta)
-        pos, neg = coupled_weights(self.weighting, score.detach() if self.paper else score, t)
+            pos, p_neg = self.dual(score, iou, giou_loss, prior, pairs)
+            return pos, neg_weight(p_neg, score, pos, self.negative, self.gamma2), pos, p_neg
+        t = iou if self.weighting in ('gfl','vfl') else aligned_target(score, iou, pairs, self.beta)
+        pos, neg = coupled_weights(self.weighting, score, t)
         trust = 1. if prior is None else prior
         return pos*trust, neg, (pos if self.paper else t)*trust, None
 
@@ -214,21 +309,34 @@ class DW(Method):
         if self.coupled: return (normalizer(box_weight.sum()),)*2
         return normalizer(preds.points.new_full((), float(len(objects)))), normalizer(((1-p_neg)*kept).sum())
 
+    def released_terms(self, cls, obj, pos, neg, p_neg, kept):
+        "Σ w_pos·-ln s, and what the bags change of the dense Σ s²·-ln(1-s)."
+        carries = not self.coupled and self.negative in ('both','importance')       # s^γ2 carries gradient
+        share = kept if self.negative=='importance' else None if self.coupled else p_neg*kept
+        if carries and self.gamma2==2:
+            yes, _, change = class_terms(cls, obj, pos, focal=share-kept)
+            return yes, change
+        yes, no, without = class_terms(cls, obj, pos, None if carries else neg*kept, -kept)
+        if carries: no = class_terms(cls, obj, focal=share, gamma=self.gamma2)[2]
+        return yes, no + without
+
     def assign(self, preds, objects, progress):
         pairs, prior = candidates(preds, objects, *self.bag, self.sigma)
-        table, obj = ClassTable(preds, pairs), pairs.third(preds)
-        score, yes, no = joint_score(table.logits, obj), -log_joint(table.logits, obj), -log_not_joint(table.logits, obj)
-        iou, box_loss = overlaps(pairs.distances(preds), pairs.targets)
-        pos, neg, box_weight, p_neg = self.weigh(score, iou, box_loss, prior, pairs)
-        kept = pairs.last_of_class()                  # one pair a (location, class): in a bag, or whose P_neg stands
-        found, box = (pos*yes).sum(), (box_weight*box_loss).sum()
+        table, obj, pred = ClassTable(preds, pairs), pairs.third(preds), pairs.distances(preds)
+        score = joint_score(table.logits.detach(), obj.detach())
+        iou, giou_loss = overlaps(pred, pairs.targets)
+        pos, neg, box_weight, p_neg = self.weigh(score, iou, giou_loss, prior, pairs)
+        kept = pairs.last_of_class().to(pos)          # one pair a (location, class): in a bag, or whose P_neg stands
+        box = box_loss(pred, pairs.targets, box_weight, giou_loss)
         if self.paper:
-            outside = table.negatives(preds.obj_logits, .75) - .75*(kept*score*score*no).sum()
-            losses = dict(loss_cls_pos=found, loss_cls_neg=(neg*no).sum(), loss_cls_out=outside, loss_reg=self.beta*box)
+            yes, no, inside = class_terms(table.logits, obj, pos, neg, kept)
+            outside = table.negatives(preds.obj_logits, .75) - .75*inside
+            losses = dict(loss_cls_pos=yes, loss_cls_neg=no, loss_cls_out=outside, loss_reg=self.beta*box)
         else:
             n_pos, n_neg = self.divisors(preds, objects, kept, box_weight, p_neg)
             cls_scale, box_scale = (1., 2.) if self.coupled else (.25, .25*self.beta)
-            dense, inside = table.negatives(preds.obj_logits, 1/n_neg), (kept*(neg-score*score)*no).sum()/n_neg
-            losses = dict(loss_pos=cls_scale*found/n_pos, loss_loc=box_scale*box/n_pos, loss_neg=dense + inside)
-        weights = dict(pos=pos.detach(), neg=neg.detach() if self.paper else neg.detach()*kept, quality=iou.detach())
+            yes, change = self.released_terms(table.logits, obj, pos, neg, p_neg, kept)
+            losses = dict(loss_pos=cls_scale*yes/n_pos, loss_loc=box_scale*box/n_pos,
+                          loss_neg=table.negatives(preds.obj_logits, 1/n_neg) + change/n_neg)
+        weights = dict(pos=pos, neg=neg if self.paper else neg*kept, quality=iou)
         return Assignment(losses, pairs, weights if p_neg is None else weights | dict(p_neg=p_neg))

@@ -2,7 +2,7 @@
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torchvision.ops import generalized_box_iou, box_iou
-from ala_nb.dw import BAGS, NEGATIVES, WEIGHTINGS, DW
+from ala_nb.dw import BAGS, NEGATIVES, WEIGHTINGS, DW, box_loss, class_terms, overlaps
 from ala_nb.geometry import InputError, grid_points, level_sizes
 from ala_nb.methods import build
 from ala_nb.pairs import Objects, Predictions
@@ -69,7 +69,7 @@ def slow(leaves, points, strides, targets, variant='released', bag='soft', sigma
             m, prior = bag_of(points, strides, box, kind, size, sigma)
             if not m.any(): continue
             one = box.expand(int(m.sum()), 4); prior = prior[m]
-            sk = s[m, k]; sd = sk.detach(); sf = sd if paper else sk  # sf: the score inside a weight
+            sk = s[m, k]; sd = sk.detach(); sf = sd if paper or coupled else sk   # sf: the score inside a weight
             iou = box_iou(pred[m], one).diagonal().detach(); bad = 1-generalized_box_iou(pred[m], one).diagonal()
             iou = iou.nan_to_num()
             if coupled:
@@ -233,6 +233,17 @@ def test_where_gradients_flow_as_printed():
         want = torch.autograd.grad((w*-torch.log1p(-s)).sum(), leaves[0])[0]                  # w_neg is a constant, s² included
         torch.testing.assert_close(slope('loss_cls_neg', 0), want, rtol=1e-8, atol=1e-14)
 
+def test_known_slopes():
+    g = torch.Generator().manual_seed(0); r = lambda *s: torch.rand(*s, generator=g, dtype=torch.float64)
+    pred, target = (r(30, 4)*20+1).requires_grad_(), r(30, 4)*20+1
+    target[:5] -= torch.tensor([30., 0, -30, 0])                      # these do not touch
+    weight = r(30); loss = overlaps(pred, target)[1]
+    assert torch.autograd.gradcheck(lambda x: box_loss(x, target, weight, overlaps(x, target)[1]), pred)
+    torch.testing.assert_close(box_loss(pred, target, weight, loss), (weight*loss).sum())
+    c, o = ((r(30)*8-4).requires_grad_() for _ in range(2)); y, n, f = r(30), r(30), r(30)
+    for args in ((y, n, f, 2.), (y, None, f, 2.), (None, n, None, 2.), (None, None, f, 3.), (y, None, None, 2.), (y, n, -f, 0.)):
+        assert torch.autograd.gradcheck(lambda c, o: torch.stack(class_terms(c, o, *args)), (c, o))
+
 # ---- corners
 
 SOME = [dict(), dict(variant='paper'), dict(bag='topk'), dict(bag='radius', variant='paper'), dict(bag='threshold'),
@@ -256,7 +267,7 @@ def test_hard_numbers(variant):
         leaves[0][:, ::3] = 60.; leaves[0][:, 1::3] = -90.; leaves[2][:, ::3] = 60.; leaves[1][:, ::2] = 0.
         b = targets[0]['boxes'][0]; d = torch.cat([points-b[:2], b[2:]-points], 1); leaves[1][0, d.amin(1) > 0] = d[d.amin(1) > 0]
     out = DW(3, variant)(Predictions(*leaves[:2], points, strides, leaves[2]), Objects.from_targets(targets))
-    for g in torch.autograd.grad(out.total, leaves): assert g.isfinite().all()
+    for g in torch.autograd.grad(out.total*65536, leaves): assert g.isfinite().all()     # as a gradient scaler would
     assert out.total.isfinite()
 
 def test_a_poor_box_still_has_a_best_location():
