@@ -358,7 +358,8 @@ def test_parameters_of_torchvisions_fcos(classes):
         copy_convs(getattr(ours.pyramid.fpn, part), getattr(theirs.backbone.fpn, part))
     h, g = ours.head, theirs.head
     for a, b in ((h.cls_tower, g.classification_head.conv), (h.cls, g.classification_head.cls_logits),
-                 (h.box_tower, g.regression_head.conv), (h.box, g.regression_head.bbox_reg), (h.third, g.regression_head.bbox_ctrness)): copy_convs(a, b)
+                 (h.box_tower, g.regression_head.conv), (h.box, g.regression_head.bbox_reg),
+                 (h.third, g.regression_head.bbox_ctrness)): copy_convs(a, b)
     ours.eval(), theirs.eval()
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
