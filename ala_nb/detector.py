@@ -678,6 +678,7 @@ def _umask():
     mask = os.umask(0); os.umask(mask)
     return mask
 
+# %% ../nbs/05_detector.ipynb #c079
 def read_config(
     source, # a run's folder, its config.json, or a .safetensors file of `save_weights`
 ): # the detector's configuration, and the class names or None
