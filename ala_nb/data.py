@@ -143,12 +143,12 @@ class ShapesConfig:
     sides:tuple=(10,.75)         # shortest side of an object in px, longest as a share of the image's shorter side
     aspect:float=2.              # largest ratio of an object's sides
     max_iou:float=.5             # two boxes of an image overlap at most this much
-    min_visible:float=.5         # share of each object's pixels that later objects must leave in sight
-    contrast:tuple=(30.,110.)    # how far an object's colour is from the background's, in 0 ... 255
-    texture:float=28.            # amplitude of the textures, in 0 ... 255
-    noise:float=16.              # standard deviation of the noise of each pixel, in 0 ... 255
-    clutter:int=6                # at most this many strokes that are nobody's object lie behind the objects, half as many over them
-    rotate:bool=True             # objects at any angle, or upright and quarter turns only
+    min_visible:float=.7         # share of each object's pixels that later objects must leave in sight
+    contrast:tuple=(50.,150.)    # how far an object's colour is from the background's, in 0 ... 255
+    texture:float=14.            # amplitude of the textures, in 0 ... 255
+    noise:float=5.               # standard deviation of the noise of each pixel, in 0 ... 255
+    clutter:int=1                # at most this many strokes that are nobody's object lie behind the objects, half as many over them
+    rotate:bool=False            # objects at any angle, or upright and quarter turns only
 
     def __post_init__(self):
         set_ = lambda k,v: object.__setattr__(self, k, v)                            # lists (from JSON) become tuples
