@@ -9,7 +9,7 @@ from ala_nb.data import load_dataset, save_coco
 from ala_nb.geometry import InputError
 from ala_nb.train import Table
 
-TINY = dict(train_images=24, val_images=6, batch_size=4, epochs=3, log_every=2, threads=1)
+TINY = dict(train_images=24, val_images=6, batch_size=4, epochs=3, eval_every=1, log_every=2, threads=1)
 
 def words(**knobs): return [w for k,v in knobs.items() for w in (f'--{k}', *map(str, v if isinstance(v, (list,tuple)) else [v]))]
 
@@ -108,6 +108,8 @@ def test_folders_are_numbered():
 def test_settings_of_another_run(reference):
     config, run, _ = T.parse(['--config', str(reference[0]), '--lr', '0.5'])
     assert (config.train_images, config.lr, config.out, run) == (24, .5, '', None)
+    assert config.method_options == dict(ranges=(24,48))
+    assert T.parse(['--config', str(reference[0]), '--method', 'o2f'])[0].method_options == {}
 
 @pytest.fixture
 def folder():
@@ -119,8 +121,9 @@ def test_own_folder(folder, capsys):
     few = dict(epochs=1, size=64, max_size=80, batch_size=2, threads=1)
     assert T.main(words(data=folder, **few, out='run')) == 0, capsys.readouterr().err
     stored = json.loads(Path('run/config.json').read_text())
-    assert stored['train']['data'] == str(folder.absolute()) and stored['detector']['backbone'] == 'resnet18' and len(rows(Path('run'))) == 1
-    assert T.main(words(data=folder, **few, weights='run/last.safetensors', steps=1, eval_every=0, out='tuned')) == 0      # fine-tuned
+    assert stored['train']['data'] == str(folder.absolute()) and stored['detector']['backbone'] == 'resnet18'
+    assert len(rows(Path('run'))) == 1
+    assert T.main(words(data=folder, **few, weights='run/last.safetensors', steps=1, eval_every=0, out='tuned')) == 0
     os.rename(folder, 'elsewhere')
     fails(['--resume', 'tuned'], 2, 'photos', capsys=capsys)
 
@@ -142,7 +145,8 @@ def fails(args, code, *texts, capsys):
     (['--learning_rate','1'], ['learning_rate','did you mean lr']),
     (['--batchsize','1'], ['did you mean batch_size']),
     (['--lr'], ['--lr']), (['--lr','fast'], ['--lr','fast']), (['--lr','-1'], ['lr','above 0']), (['--lr','nan'], ['lr','finite']),
-    (['--epochs','0'], ['epochs']), (['--epochs','1.5'], ['epochs']), (['--optimizer','adam'], ['adamw']), (['--amp','fp8'], ['amp']),
+    (['--epochs','0'], ['epochs']), (['--epochs','1.5'], ['epochs']), (['--optimizer','adam'], ['adamw']),
+    (['--amp','fp8'], ['amp']),
     (['--milestones','.5','2'], ['milestones','below 1']), (['--compile','perhaps'], ['compile']), (['word'], ['word']),
     (['--method_options','K'], ['key=value']), (['--method_options','kk=7'], ['kk']), (['--detector_options','chanels=7'], ['chanels']),
     (['--detector_options','weights=none'], ['weights']), (['--data_options','colour=7'], ['colour']),
@@ -197,12 +201,12 @@ def test_help(capsys):
     for g in T.GROUPS.values(): assert f'\n{g}:' in text
 
 def test_names_with_hyphens():
-    a = T.parse(['--batch-size','4','--method-options','some_thing=a-b'])[0]
-    b = T.parse(['--batch_size=4','--method_options','some_thing=a-b'])[0]
+    a = T.parse(['--method','dw','--batch-size','4','--method-options','some_thing=a-b'])[0]
+    b = T.parse(['--method=dw','--batch_size=4','--method_options','some_thing=a-b'])[0]
     assert a == b and a.batch_size == 4 and a.method_options == dict(some_thing='a-b')
 
 def test_options_are_python_literals():
-    c = T.parse(['--method_options', 'K=7', "bag=('radius', 2.5)", 'variant=paper', 'soft=false', 'T=[.6,.2]'])[0]
+    c = T.parse(['--method', 'dw', '--method_options', 'K=7', "bag=('radius', 2.5)", 'variant=paper', 'soft=false', 'T=[.6,.2]'])[0]
     assert c.method_options == dict(K=7, bag=('radius',2.5), variant='paper', soft=False, T=(.6,.2))
     assert T.as_config(json.loads(json.dumps(dataclasses.asdict(c)))) == c
 
