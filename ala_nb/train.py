@@ -32,7 +32,7 @@ from .evaluate import Parser, coco_table, evaluate_coco, pick_device, predict_da
 def knob(
     default,  # value in the recipe for `shapes`; a callable makes it anew
     text:str, # what it does and its unit, for --help
-    **limits, # lo, above, hi, below: numbers; choices: a tuple; live: may change on --resume; resolved: a callable for file paths
+    **limits, # lo, above, hi, below: numbers; choices; of: kind of a tuple's numbers; live: may change on --resume
 ): # a dataclass field
     "One line of `Config`: default, explanation and limits."
     return field(**{'default_factory' if callable(default) else 'default': default}, metadata=dict(limits, help=text))

@@ -89,8 +89,8 @@ def test_progress_runs_from_0_to_1():
     assert (Path('run')/'best.safetensors').exists() and run.best is None        # nothing to compare: the last weights
 
 @pytest.mark.parametrize('knobs', [
-    dict(accumulate=4), dict(ema=.9), dict(amp='bf16'), dict(channels_last=True), dict(optimizer='sgd', schedule='multistep'), dict(workers=1),
-    dict(scales=[96,112], size=128, photometric=True), dict(clip=0., deterministic=True), dict(method='o2f')])
+    dict(accumulate=4), dict(ema=.9), dict(amp='bf16'), dict(channels_last=True), dict(optimizer='sgd', schedule='multistep'),
+    dict(workers=1), dict(scales=[96,112], size=128, photometric=True), dict(clip=0., deterministic=True), dict(method='o2f')])
 def test_knobs_train(knobs):
     try: run = T.train(T.recipe(**{**TINY, 'epochs':1, **knobs}, out='run'), log=None)
     finally: torch.use_deterministic_algorithms(False)
