@@ -13,7 +13,8 @@ __all__ = ['SIDE_SIGMA', 'SIDE_MEDIAN', 'STRIDES', 'XVIEW', 'DENSE', 'PEERS', 'T
            'peak_growth', 'free_memory', 'expected_bytes', 'check_memory', 'Case', 'time_losses', 'own_pairs',
            'peak_memory', 'dense_detections', 'make_detector', 'time_step', 'time_inference', 'work', 'isolated',
            'worker', 'machine', 'versions', 'as_text', 'as_value', 'key', 'read_rows', 'append_rows', 'Bench', 'number',
-           'line_of', 'table', 'plot_costs', 'matrix', 'make_parser', 'pick_methods', 'cases_of', 'run_bench', 'main']
+           'line_of', 'table', 'plot_costs', 'matrix', 'make_parser', 'pick_methods', 'cases_of', 'run_bench', 'main',
+           'silent', 'profile_loss']
 
 # %% ../nbs/19_bench.ipynb #c002
 import argparse, contextlib, csv, ctypes, dataclasses, functools, gc, importlib, importlib.metadata, importlib.util, json, math, os, platform
@@ -511,7 +512,8 @@ def atss_assign(batch:Batch, dense:bool=False):
 
 def arithmetic_floor(batch:Batch):
     "One sigmoid and one log1p a logit."
-    blocks = [b for m in batch.cls for b in m.detach().flatten().split(1 << 18)]
+    size = 1 << (18 if batch.device.type == 'cpu' else 30)
+    blocks = [b for m in batch.cls for b in m.detach().flatten().split(size)]
     a, c = blocks[0].new_empty(2, max(map(len, blocks)))
     def run():
         for x in blocks: torch.sigmoid(x, out=a[:len(x)]); torch.log1p(a[:len(x)], out=c[:len(x)])
@@ -1115,6 +1117,8 @@ def run_bench(a, say=print)->Bench:
     methods = pick_methods(a.methods, False, say)
     out.mkdir(parents=True, exist_ok=True)
     for w in whats: read_rows(out/f'bench_{w}.csv')                         # files of another version are found now, not after an hour
+    if 'mmdet' in a.peers and importlib.util.find_spec('mmdet') is None:
+        say('mmdet is not installed: its heads are left out'); a.peers = [p for p in a.peers if p != 'mmdet']
     bench = Bench(out, a.rounds, a.budget, None if a.limit is None else a.limit*1e9, a.memory, a.isolate, a.again, say)
     say(f'{machine(a.device)}; {versions()}')
     for what in whats:
@@ -1143,3 +1147,23 @@ def main(
 
 # %% ../nbs/19_bench.ipynb #c075
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(worker() if sys.argv[1:] == ['--worker'] else main())   # not in the notebook, whose name is __main__ too
+
+# %% ../nbs/19_bench.ipynb #c082
+@contextlib.contextmanager
+def silent():
+    "Nothing on stderr, not even from C++ (the profiler talks)."
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try: os.dup2(null, 2); yield
+    finally: os.dup2(kept, 2); os.close(kept); os.close(null)
+
+def profile_loss(
+    loss:str, case:Case,
+    top:int=10,
+)->list: # (operation, calls, ms of its own)
+    "The most expensive operations of one call of a loss."
+    from torch.profiler import profile, ProfilerActivity
+    run = make_run(loss, case.make()); run()
+    with silent(), profile(activities=[ProfilerActivity.CPU]) as p: run()
+    rows = [(e.key.removeprefix('aten::'), e.count, e.self_cpu_time_total/1e3) for e in p.key_averages()]
+    total = sum(ms for *_,ms in rows)
+    return [('all', sum(n for _,n,_ in rows), total)] + sorted(rows, key=lambda r: -r[2])[:top]
