@@ -63,31 +63,31 @@ def negative_weights(
 def best_iou(
     preds:Predictions, objects:Objects,
     known:Tensor, # (B*P,) best IoU with the objects that hold the location; below 0: in no box. Overwritten.
-    group:int=16, # objects at a time
+    group:int=32, # objects at a time
 )->Tensor: # (B*P,) best IoU with any object of the image; below 0 where `known` was
     "Best IoU of each location's predicted box with any object of its image, for locations inside some box."
-    p, xy, prune = preds.n_locations, preds.points.t(), preds.device.type == 'cpu'
-    first = 0
+    p, xy, prune = preds.n_locations, preds.points.t().contiguous(), preds.device.type == 'cpu'
+    area = ((objects.boxes[:,2]-objects.boxes[:,0])*(objects.boxes[:,3]-objects.boxes[:,1])).clamp_(min=1e-6)
+    order = area.sort(descending=True)[1]; order = order.index_select(0, objects.image.index_select(0, order).sort(stable=True)[1])
+    boxes, area = objects.boxes.index_select(0, order), area.index_select(0, order)          # by image, the largest first
+    limits, first = area.tolist() if prune else None, 0                  # pruning asks the host which locations are left: not for a GPU
     for i,n in enumerate(objects.counts.tolist()):
-        boxes, first = objects.boxes[first:first+n], first+n
-        if n == 0: continue
-        area, order = ((boxes[:,2]-boxes[:,0])*(boxes[:,3]-boxes[:,1])).clamp_(min=1e-6).sort(descending=True)
-        boxes, best, d = boxes.index_select(0, order), known[i*p:(i+1)*p], preds.distance_planes[i]
-        corners = torch.cat([xy-d[:2], xy+d[2:]]); own = (d[0]+d[2])*(d[1]+d[3])
-        limits = area.tolist() if prune else None                        # pruning asks the host which locations are left: not for a GPU
-        for j in range(0, n, group):
-            x1,y1,x2,y2 = boxes[j:j+group].t()[...,None]; a = area[j:j+group,None]
+        first, best, d = first+n, known[i*p:(i+1)*p], preds.distance_planes[i]
+        own = (d[0]+d[2]).mul_(d[1]+d[3])
+        for j in range(first-n, first, group):
+            end = min(j+group, first)
+            x1,y1,x2,y2 = boxes[j:end].t()[...,None]
             if prune:
-                worth = (best*own < limits[j]) & (best*limits[min(j+group,n)-1] < own) & (best >= 0)
-                at = worth.nonzero().flatten()
-                X1,Y1,X2,Y2 = corners.index_select(1, at); size = own.index_select(0, at)
-            else: (X1,Y1,X2,Y2), size = corners, own
+                at = ((best*own < limits[j]) & (best*limits[end-1] < own) & (best >= 0)).nonzero().flatten()
+                near, here, A, old = (x.index_select(-1, at) for x in (d, xy, own, best))
+            else: near, here, A, old = d, xy, own, best
+            (X1,Y1), (X2,Y2) = here-near[:2], here+near[2:]
             w = torch.minimum(X2, x2).sub_(torch.maximum(X1, x1)).clamp_(min=0)
             h = torch.minimum(Y2, y2).sub_(torch.maximum(Y1, y1))        # one clamp is enough: a negative product is never the best
-            s = w.mul_(h).div_(size+a).amax(0).clamp_(min=0)
-            s = s.div_(1-s)
-            if prune: best.index_copy_(0, at, torch.maximum(best.index_select(0, at), s))
-            else: torch.where(best >= 0, torch.maximum(best, s), best, out=best)
+            s = w.mul_(h).div_(A+area[j:end,None]).amax(0).clamp_(min=0)
+            new = torch.maximum(old, s.div_(1-s))
+            if prune: best.index_copy_(0, at, new)
+            else: best.copy_(torch.where(old >= 0, new, old))
     return known
 
 # %% ../nbs/08_autoassign.ipynb #c025
