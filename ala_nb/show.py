@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PALETTE', 'CURVES', 'ALARM', 'Picture', 'panels', 'as_array', 'pixels', 'show_image', 'image_size', 'colour',
            'contrast', 'place_texts', 'px_per_point', 'draw_texts', 'draw_boxes', 'class_legend', 'confident',
-           'prediction_grid', 'nothing_to_show', 'read_rows', 'running_mean', 'draw_curve', 'plain_log', 'curves',
-           'weight_scale', 'glow', 'draw_discs', 'object_number', 'bag', 'brief', 'steps_of', 'around', 'weight_rows',
-           'show_weights', 'draw_best', 'compare_methods', 'pick_objects', 'relative', 'show_assignment', 'level_maps',
-           'show_options', 'control', 'weights_widget']
+           'operating_point', 'prediction_grid', 'nothing_to_show', 'read_rows', 'running_mean', 'draw_curve',
+           'plain_log', 'curves', 'weight_scale', 'glow', 'draw_discs', 'object_number', 'bag', 'brief', 'steps_of',
+           'around', 'weight_rows', 'show_weights', 'draw_best', 'compare_methods', 'pick_objects', 'relative',
+           'show_assignment', 'level_maps', 'show_options', 'control', 'weights_widget']
 
 # %% ../nbs/17_show.ipynb #c002
 import base64, csv, io, math
@@ -200,14 +200,22 @@ def confident(output, threshold):
     keep = as_array(output['scores']).reshape(-1) >= threshold
     return {k: as_array(output[k]).reshape(s)[keep] for k,s in (('boxes',(-1,4)), ('labels',-1), ('scores',-1))}
 
-# %% ../nbs/17_show.ipynb #c026
+def operating_point(targets, outputs)->float:
+    "The score above which there are as many detections as objects (crowd regions aside)."
+    crowd = lambda t: as_array(t['crowd']).sum() if t.get('crowd') is not None else 0
+    n = int(sum(len(as_array(t['labels']).reshape(-1)) - crowd(t) for t in targets))
+    s = np.concatenate([as_array(o['scores']).reshape(-1) for o in outputs] or [np.zeros(0)])
+    s = np.sort(s[np.isfinite(s)])[::-1][:max(n,1)]
+    return float(s[-1]) if len(s) else 0.
+
+# %% ../nbs/17_show.ipynb #c027
 def prediction_grid(
     images,         # sequence of images (see `pixels`)
     targets,        # dicts with 'boxes', 'labels' and perhaps 'crowd', px of the images; None if there is no truth
     outputs,        # the detector's dicts with 'boxes', 'labels', 'scores'; None to show the truth alone
     classes=(),     # names
     n:int=8,        # so many images at most
-    threshold:float=.3, # least score that is drawn
+    threshold:float=None, # least score that is drawn; default `operating_point` of these images, 0.3 where there is no truth
     columns:int=4,
     width:float=2.4, # inches a panel
     dpi:float=80,
@@ -216,6 +224,7 @@ def prediction_grid(
     images, classes = [pixels(x) for x in list(images)[:n]], list(classes)
     kinds = [k for k,given in (('truth', targets), ('found', outputs)) if given is not None]
     if not kinds or not images: return nothing_to_show('no image' if kinds else 'neither truth nor detections')
+    if threshold is None: threshold = .3 if outputs is None or targets is None else operating_point(targets[:n], outputs[:n])
     columns = min(columns, len(images)); blocks = -(-len(images)//columns)
     tall = np.median([x.shape[0]/x.shape[1] for x in images])
     fig, axes = panels(blocks*len(kinds), columns, width, width*min(max(tall, .3), 3), dpi, below=.35)
@@ -228,7 +237,7 @@ def prediction_grid(
             draw_boxes(ax, found['boxes'], found['labels'], write, found.get('scores'), found.get('crowd'), width=1.6, casing=.8)
             seen.update(as_array(found['labels']).astype(int).reshape(-1).tolist())
             count = len(as_array(found['boxes']).reshape(-1,4))
-            ax.set_title(f'truth: {count}' if kind == 'truth' else f'score ≥ {threshold:g}: {count}', fontsize=9)
+            ax.set_title(f'truth: {count}' if kind == 'truth' else f'score ≥ {threshold:.2f}: {count}', fontsize=9)
     if write is None and classes: class_legend(fig, seen, classes)
     return fig
 
@@ -238,7 +247,7 @@ def nothing_to_show(text:str)->Figure:
     axes[0,0].text(.5, .5, text, ha='center', va='center', transform=axes[0,0].transAxes, parse_math=False)
     return fig
 
-# %% ../nbs/17_show.ipynb #c031
+# %% ../nbs/17_show.ipynb #c032
 def read_rows(
     source, # path of a metrics.csv, or rows as dicts
 )->dict: # column -> float64 array, NaN where a cell is empty or no number
@@ -261,7 +270,7 @@ def running_mean(y, window:int)->np.ndarray:
     total, count = np.convolve(np.where(ok, y, 0), k, 'same'), np.convolve(ok.astype(float), k, 'same')
     return np.where(count > .5, total/np.maximum(count, 1), np.nan)
 
-# %% ../nbs/17_show.ipynb #c033
+# %% ../nbs/17_show.ipynb #c034
 CURVES = {'loss': lambda k: k.startswith('loss'), 'AP': lambda k: k in ('AP','AP50','AP75','APs','APm','APl'),
           'learning rate': lambda k: k == 'lr', 'norm of the gradient': lambda k: k == 'grad_norm'}   # panel -> its columns
 
@@ -282,7 +291,7 @@ def plain_log(ax):
     ax.set_yscale('log'); ax.yaxis.set_major_locator(LogLocator(10, (1,2,5), numticks=30)); ax.yaxis.set_minor_formatter(NullFormatter())
     ax.yaxis.set_major_formatter(lambda v, _: f'{v:g}')
 
-# %% ../nbs/17_show.ipynb #c034
+# %% ../nbs/17_show.ipynb #c035
 def curves(
     source,    # metrics.csv of a run, or its rows as dicts
     x:str=None, # 'epoch', 'step' or another column; default the first of these two that is there
@@ -304,7 +313,7 @@ def curves(
         ax.set_title(title, fontsize=10)
         for i,k in enumerate(names): draw_curve(ax, at, table[k], k, line[i % len(line)], smooth=title in ('loss', 'norm of the gradient'))
         y = np.concatenate([table[k][np.isfinite(table[k])] for k in names])
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True)); ax.yaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True)); ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1,2,2.5,5,10]))
         if title == 'AP': ax.set_ylim(0, max(1.05*y.max(), .01))
         elif title != 'learning rate' and 0 < 4*y.min() < y.max() < 1e12*y.min(): plain_log(ax)
         ax.set_xlabel(x or 'row', fontsize=8); ax.tick_params(labelsize=8); ax.grid(alpha=.25)
@@ -312,7 +321,7 @@ def curves(
             ax.legend(fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1), borderaxespad=0, handlelength=1.2)
     return fig
 
-# %% ../nbs/17_show.ipynb #c039
+# %% ../nbs/17_show.ipynb #c040
 ALARM = '#00E5FF'  # the colour of a value that is not a number
 
 def weight_scale()->ScalarMappable:
@@ -337,7 +346,7 @@ def draw_discs(
     ax.add_collection(EllipseCollection(d, d, np.zeros(len(d)), units='xy', offsets=as_array(xy).reshape(-1,2),
         offset_transform=ax.transData, facecolors=colours, edgecolors=[edge], linewidths=width), autolim=False)
 
-# %% ../nbs/17_show.ipynb #c042
+# %% ../nbs/17_show.ipynb #c043
 def object_number(
     objects, image:int, # in the batch
     obj:int,            # in the image
@@ -384,7 +393,7 @@ def around(
     left, top = min(max((x1+x2-sx)/2, 0), w-sx), min(max((y1+y2-sy)/2, 0), h-sy)
     return left, top, left+sx, top+sy
 
-# %% ../nbs/17_show.ipynb #c045
+# %% ../nbs/17_show.ipynb #c046
 def weight_rows(
     rows:list,        # (label, Assignment, name of a weight), a row each
     image:int, obj:int, # image of the batch, object of the image
@@ -417,7 +426,7 @@ def weight_rows(
     bar.ax.set_yticklabels(['0','.01','.05','.2','.5','1']); bar.set_label('weight', fontsize=8)
     return fig
 
-# %% ../nbs/17_show.ipynb #c046
+# %% ../nbs/17_show.ipynb #c047
 def show_weights(
     out,            # Assignment: pairs and their weights
     preds=None,     # Predictions: the box predicted where the first weight is largest is drawn too, dotted; None leaves it out
@@ -446,7 +455,7 @@ def draw_best(row, out, preds, name, image, obj):
     ax.plot(*xy[i], '+', c='#56B4E9', ms=7, mew=1.5, scalex=False, scaley=False)
     ax.plot(np.clip([x1,x2,x2,x1,x1],-1e5,1e5), np.clip([y1,y1,y2,y2,y1],-1e5,1e5), ':', c='#56B4E9', lw=1.8, scalex=False, scaley=False)
 
-# %% ../nbs/17_show.ipynb #c052
+# %% ../nbs/17_show.ipynb #c053
 def compare_methods(
     outs:dict,      # name of a method -> its Assignment on the same batch
     image:int=0,    # of the batch
@@ -459,7 +468,7 @@ def compare_methods(
     if not outs: return nothing_to_show('no method')
     return weight_rows([(k, out, name) for k,out in outs.items()], image, obj, picture, margin, width, dpi)
 
-# %% ../nbs/17_show.ipynb #c056
+# %% ../nbs/17_show.ipynb #c057
 def pick_objects(boxes, n:int)->list: # indices, largest first
     "n of G boxes (G, 4), spread over their sizes; the largest and the smallest among them."
     b = as_array(boxes).reshape(-1,4)
@@ -476,7 +485,7 @@ def relative(
     top = max(w.max(initial=0), 1e-30); keep = (w > 0) & (w >= least*top)
     return xy[keep], level[keep], w[keep]/top
 
-# %% ../nbs/17_show.ipynb #c058
+# %% ../nbs/17_show.ipynb #c059
 def show_assignment(
     out,             # Assignment of a batch
     preds=None,      # Predictions; not needed, taken so that all pictures are called alike
@@ -502,7 +511,7 @@ def show_assignment(
         found = [relative(out, name, i, g) for g in chosen]
         for l in reversed(range(len(strides))):                                   # coarse ones first, under the fine
             xy, w = (np.concatenate([f[k][f[1]==l] for f in found] or [np.zeros((0,2) if k==0 else 0)]) for k in (0,2))
-            if len(xy): used.add(l); draw_discs(ax, xy, strides[l]*.65, [(*to_rgb(colour(l)), .05+.9*a) for a in w], (0,0,0,.5), .5)
+            if len(xy): used.add(l); draw_discs(ax, xy, strides[l]*.65, [(*to_rgb(colour(l)), .05+.75*a) for a in w], (0,0,0,.5), .5)
         without = sum(len(f[0]) == 0 for f in found)
         ax.set_title(f'{len(chosen)} of {len(boxes)} objects' + (f', {without} without positives' if without else ''), fontsize=9)
     mark = lambda l: Line2D([], [], ls='', marker='o', ms=4+2*l, mfc=colour(l), mec='k', mew=.5, label=f'stride {strides[l]:g}')
@@ -510,7 +519,7 @@ def show_assignment(
     if marks: fig.legend(handles=marks, loc='outside lower center', ncols=len(marks), fontsize=8, frameon=False)
     return fig
 
-# %% ../nbs/17_show.ipynb #c063
+# %% ../nbs/17_show.ipynb #c064
 def level_maps(
     values,       # (P,) one value a location
     preds,        # Predictions, for the grid
@@ -543,7 +552,7 @@ def level_maps(
     bar.set_label(label, fontsize=8, parse_math=False)
     return fig
 
-# %% ../nbs/17_show.ipynb #c067
+# %% ../nbs/17_show.ipynb #c068
 def show_options(
     builder,        # called with the options, returns a method: `functools.partial(build, 'dw', 80)`, or a class
     preds, objects, # Predictions and Objects of a batch
@@ -557,7 +566,7 @@ def show_options(
     with torch.no_grad(): out = builder(**options).to(preds.device)(preds, objects, progress)
     return show_weights(out, preds, image, obj, names, picture)
 
-# %% ../nbs/17_show.ipynb #c070
+# %% ../nbs/17_show.ipynb #c071
 def control(value):
     "A slider from (low, high[, step[, start]]), a menu from a list, a box to tick from a bool; a widget as it is."
     import ipywidgets as w

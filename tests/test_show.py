@@ -162,22 +162,30 @@ def test_placed_texts_are_apart_and_inside(n, seed):
 def test_prediction_grid_panels():
     preds, objects, images, targets = batch((3, 0, 2, 5, 1))
     outputs = [dict(t, scores=torch.linspace(.1, 1, len(t['labels']))) for t in targets]
-    fig = show.prediction_grid(images, targets, outputs, ['a', 'b', 'c'], columns=3)
+    fig = show.prediction_grid(images, targets, outputs, ['a', 'b', 'c'], threshold=.3, columns=3)
     assert len(fig.axes) == 2*2*3                                            # two blocks of truth over found, three columns, one place free
     titles = [a.get_title() for a in fig.axes]
-    assert titles[:6] == ['truth: 3', 'truth: 0', 'truth: 2', *(f'score ≥ 0.3: {int((o["scores"] >= .3).sum())}' for o in outputs[:3])] and titles[8] == titles[11] == ''
+    assert titles[:6] == ['truth: 3', 'truth: 0', 'truth: 2', *(f'score ≥ 0.30: {int((o["scores"] >= .3).sum())}' for o in outputs[:3])] and titles[8] == titles[11] == ''
     assert [len(boxes_in(a)[-1].get_paths()) for a in fig.axes[:3]] == [3, 0, 2]
     assert len(show.prediction_grid(images, targets, None, n=2).axes) == 2 and len(show.prediction_grid(images, None, outputs, n=3).axes) == 3
     for f in (fig, show.prediction_grid(images, targets, outputs), show.prediction_grid(images, targets, outputs, [f'class {i}' for i in range(80)])): png(f)
     assert {t.get_text().split()[0] for t in f.axes[0].texts} == {'class'}   # many classes: names are written
 
+def test_as_many_detections_as_objects():
+    _, _, images, targets = batch((3, 0, 2))
+    g = torch.Generator().manual_seed(0)
+    many = [dict(boxes=torch.rand(9, 4, generator=g).cumsum(1), labels=torch.zeros(9).long(), scores=torch.rand(9, generator=g)) for _ in images]
+    titles = [a.get_title() for a in show.prediction_grid(images, targets, many, 'abc', columns=3).axes[3:]]
+    t = torch.cat([o['scores'] for o in many]).sort(descending=True)[0][4]
+    assert sum(int(x.split(': ')[1]) for x in titles) == 5 and titles[0].startswith(f'score ≥ {t:.2f}')
+
 def test_prediction_grid_extremes():
     nothing = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), scores=torch.zeros(0))
     bad = dict(boxes=torch.full((2, 4), torch.nan), labels=torch.zeros(2).long(), scores=torch.tensor([torch.nan, .9]))
     images = [torch.rand(3, 5, 200), torch.rand(3, 200, 5), torch.rand(1, 9, 9)]
-    fig = show.prediction_grid(images, [nothing]*3, [nothing, bad, nothing], ['x'])
-    assert [a.get_title() for a in fig.axes[3:]] == ['score ≥ 0.3: 0', 'score ≥ 0.3: 1', 'score ≥ 0.3: 0']
-    for f in (fig, show.prediction_grid([], [], []), show.prediction_grid(images, None, None)): png(f)
+    fig = show.prediction_grid(images, [nothing]*3, [nothing, bad, nothing], ['x'], threshold=.3)
+    assert [a.get_title() for a in fig.axes[3:]] == ['score ≥ 0.30: 0', 'score ≥ 0.30: 1', 'score ≥ 0.30: 0']
+    for f in (fig, show.prediction_grid(images, [nothing]*3, [nothing, bad, nothing]), show.prediction_grid([], [], []), show.prediction_grid(images, None, None)): png(f)
 
 
 # ---- curves
