@@ -43,7 +43,7 @@ def run_row(method, options, seed, base, folder, threads):
     for nms in ('nms', 'no-nms'):
         file = out/f'{nms}.json'
         subprocess.check_call([sys.executable, '-m', 'ala_nb.evaluate', str(out), f'--{nms}', '--out', str(file)], stdout=subprocess.DEVNULL)
-        found = json.loads(file.read_text()); metrics[nms] = found.get('metrics', found)
+        metrics[nms] = json.loads(file.read_text())['coco']
     versions = json.loads((out/'config.json').read_text()).get('versions', {})
     plain = metrics['no-nms' if method in ('poto', 'o2f') or 'one_to_one=True' in options else 'nms']
     return dict(method=method, options=options, seed=seed, **{k: round(plain[k], 4) for k in ('AP', 'AP50', 'AP75')}, AP_no_nms=round(metrics['no-nms']['AP'], 4),
