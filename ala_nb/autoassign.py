@@ -123,8 +123,9 @@ def _bag_sums(pairs, x):
 
 class _Bags:
     "Values, weights and gradients of all bags; see `positive` and `negative`."
-    def __init__(self, rule, preds, pairs, cls, obj, planes, mu, sigma, learned, grad):
-        self.rule, self.preds, self.pairs, self.cls, self.mu, self.inv_sigma, self.learned, self.grad = rule, preds, pairs, cls, mu.t(), 1/sigma.t(), learned, grad
+    def __init__(self, rule, preds, cls, obj, planes, mu, sigma, learned, grad):
+        self.rule, self.preds, self.cls, self.learned, self.grad = rule, preds, cls, learned, grad
+        self.mu, self.inv_sigma = mu.t(), 1/sigma.t()                     # (2, N)
         p, n = preds.n_locations, len(mu)
         sides = lambda x: [x.view(-1)[k*p:] for k in range(4)]            # plane k, indexed by image*4P + location
         self.obj, self.sides = None if obj is None else obj.reshape(-1), sides(planes)
@@ -133,7 +134,7 @@ class _Bags:
         self.known = cls.new_full((preds.n_images*p,), -1.)               # best IoU of each location
         self.tiny = max(math.exp(-100), torch.finfo(cls.dtype).tiny)      # the release floors -log at 100
         if grad:
-            self.g_cls, self.g_slopes = torch.zeros(2, len(cls)).to(cls) if not rule.negative_weighting else cls.new_empty(2, len(cls)), mu.new_zeros(8, n)
+            self.g_cls, self.g_slopes = cls.new_zeros(2, len(cls)), mu.new_zeros(8, n)
             self.g_obj = None if obj is None else cls.new_zeros(2, obj.numel())
             self.g_planes = torch.zeros_like(planes); self.g_sides = sides(self.g_planes)
 
@@ -180,7 +181,8 @@ class _Bags:
         for x,g in zip(self.g_sides, _giou_slopes(by_loc*rule.reg_weight, pred, target, iou, fill, parts)): x.scatter_add_(0, place, g)
         if self.learned:                                                  # rows of g_slopes: positive ∂μ, ∂σ, prior's ∂μ, ∂σ
             rows = z.new_empty(4,2,len(sub))
-            torch.mul(z, b, out=rows[0]); torch.mul(rows[0], z, out=rows[1]); torch.mul(z, prior, out=rows[2]); torch.mul(rows[2], z, out=rows[3])
+            torch.mul(z, b, out=rows[0]); torch.mul(rows[0], z, out=rows[1])
+            torch.mul(z, prior, out=rows[2]); torch.mul(rows[2], z, out=rows[3])
             self.g_slopes[:,on] = (_bag_sums(sub, rows.view(8,-1)).view(4,2,-1)*self.inv_sigma[:,on]).view(8,-1)
 
     def negative(self, on, at, sub, last):
@@ -212,7 +214,7 @@ class _BagSums(torch.autograd.Function):
     def forward(ctx, rule, preds, pairs, cls, obj, planes, mu, sigma):
         ctx.set_materialize_grads(False)
         need = ctx.needs_input_grad
-        run = _Bags(rule, preds, pairs, cls, obj, planes, mu, sigma, need[6] or need[7], any(need))
+        run = _Bags(rule, preds, cls, obj, planes, mu, sigma, need[6] or need[7], any(need))
         for chunk in pairs.chunks(rule.chunk): run.positive(*chunk)
         if rule.negative_weighting:
             if rule.other_objects: best_iou(preds, pairs.objects, run.known)
@@ -226,8 +228,9 @@ class _BagSums(torch.autograd.Function):
     def backward(ctx, g_pos, g_neg, g_prior, *_):
         g_cls, g_obj, g_planes, slopes = ctx.grads
         both = lambda x, a, b: None if x is None else _scaled(x[0], a, x[1], b)
-        return (None, None, None, both(g_cls, g_pos, g_neg), both(g_obj, g_pos, g_neg), _scaled(g_planes, g_pos),
-                *(None if g is None else g.t() for g in (_scaled(slopes[0], g_pos, slopes[2], g_prior), _scaled(slopes[1], g_pos, slopes[3], g_prior))))
+        g_mu, g_sigma = (_scaled(slopes[i], g_pos, slopes[i+2], g_prior) for i in (0,1))
+        back = lambda g: None if g is None else g.t()
+        return None, None, None, both(g_cls, g_pos, g_neg), both(g_obj, g_pos, g_neg), _scaled(g_planes, g_pos), back(g_mu), back(g_sigma)
 
 def _scaled(*terms):
     "x·a + y·b + ... of x, a, y, b, ...; without the terms whose factor is None."
@@ -260,12 +263,14 @@ class AutoAssign(Method):
         if not (tau > 0 and chunk >= 1): raise InputError(f"tau: {tau}, chunk: {chunk}; both must be positive")
         third = None if objectness == 'none' else 'objectness'
         super().__init__(num_classes, HeadSpec(offset=0., cls_prior=.02, box_bias=4., box_activation='relu', third=third))
-        self.variant, self.centre, self.confidence, self.objectness, self.negative_weighting = variant, centre, confidence, objectness, negative_weighting
-        self.other_objects, self.reg_weight, self.tau, self.neg_weight, self.centre_weight, self.chunk = other_objects, reg_weight, tau, neg_weight, centre_weight, int(chunk)
+        self.variant, self.centre, self.confidence, self.objectness = variant, centre, confidence, objectness
+        self.negative_weighting, self.other_objects, self.chunk = negative_weighting, other_objects, int(chunk)
+        self.reg_weight, self.tau, self.neg_weight, self.centre_weight = reg_weight, tau, neg_weight, centre_weight
         self.pos_weight = pos_weight if pos_weight is not None else .25 if variant == 'released' else 1.
         learned = centre in ('category','shared')
         self.centre_loss = (variant == 'released' and learned) if centre_loss is None else centre_loss
-        mu, sigma = torch.zeros(1 if centre == 'shared' else self.num_classes, 2), torch.ones(1 if centre == 'shared' else self.num_classes, 2)
+        k = 1 if centre == 'shared' else self.num_classes
+        mu, sigma = torch.zeros(k, 2), torch.ones(k, 2)
         if learned: self.mu, self.sigma = nn.Parameter(mu), nn.Parameter(sigma)
         else: self.register_buffer('mu', mu); self.register_buffer('sigma', sigma)
 
