@@ -8,6 +8,7 @@ __all__ = ['positive_degree', 'mean_over_set', 'ALA']
 # %% ../nbs/14_ala.ipynb #c002
 import math
 import torch
+from fastcore.basics import patch
 import torch.nn.functional as F
 from torch import Tensor
 from .geometry import InputError, distance_iou, distance_giou, centerness
@@ -115,45 +116,49 @@ class ALA(Method):
         if maps is not None: w['foreground'] = maps[:,0].detach().reshape(-1)[pairs.cell]
         return Assignment(losses, pairs, w)
 
-    # ---- the two forms of the loss
-    def _working(self, preds, pairs, table, maps, log_s, hard, soft, xi, n):
-        h, s, zero = hard.to(log_s), soft.to(log_s), log_s.sum()*0
-        losses = dict(loss_hard=mean_over_set(pairs, -log_s, h)/n if 'H' in self.use else zero, loss_soft=mean_over_set(pairs, -xi*log_s, s)/n if 'S' in self.use else zero)
-        joint = preds.obj_logits if self.property=='impobj' else None
-        at = None if joint is None else pairs.third(preds)
-        # each location and class is negative to the degree to which no object of that class wants it there; a set whose loss is off says nothing
-        degree = positive_degree(hard, soft, xi)
-        silent = 1. - ((h if 'H' in self.use else 0) + (s if 'S' in self.use else 0) + (1-h-s if 'N' in self.use else 0))   # no loss at all for these
-        keep_out = torch.maximum(degree, torch.as_tensor(silent, device=degree.device).expand_as(degree).to(degree))
-        keep_out = keep_out*pairs.best_of_class(keep_out)
-        losses['loss_neg'] = table.negatives(joint, .75/n) - .75*(keep_out*joint_negative(table.logits, at)).sum()/n
-        if self.property == 'ipb' and preds.property_logits is not None: losses['loss_property'] = self.background_weight*self._background(preds, pairs)/n
-        return losses
-
-    def _background(self, preds, pairs):
-        "Focal loss of foreground claims outside all boxes, on the finest level."
-        (h,w), dt = preds.level_sizes[0], preds.dtype
-        outside = torch.ones(preds.n_images*preds.n_locations, dtype=dt, device=preds.device).index_fill_(0, pairs.cell, 0.)
-        outside = outside.view(preds.n_images, -1)[:,:h*w]
-        logits = preds.property_logits.to(dt).flatten(2)
-        x = logits[:,0]-logits[:,1] if self.coupling=='softmax' else logits[:,0]      # softmax of two is a sigmoid of the difference
-        return .75*(focal_negative(x)*outside).sum()
-
-    def _paper(self, preds, pairs, table, maps, log_s, hard, soft, xi, n):
-        h, s, zero = hard.to(log_s), soft.to(log_s), log_s.sum()*0
-        low, p = 1-h-s, log_s.exp()
-        log_not = torch.log1p(-p.clamp(max=1-1e-6))
-        losses = dict(loss_hard=-(h*log_s).sum()/n if 'H' in self.use else zero, loss_soft=-(s*(xi*log_s+(1-xi)*log_not)).sum()/n if 'S' in self.use else zero)
-        inner = -.75*(low*p*p*log_not).sum()/n if 'N' in self.use else zero
-        # outside every box: S- = P(cls)·M-, all classes; M- enters the dense term as an objectness
-        minus = None if maps is None else maps[:,1].clamp(1e-6,1-1e-6).logit()
-        at = None if minus is None else minus.reshape(-1).index_select(0, pairs.cell)
-        mine = pairs.best_of_class(torch.zeros_like(log_s)).to(log_s)
-        losses['loss_neg'] = table.negatives(minus, .75/n) - .75*(mine*joint_negative(table.logits, at)).sum()/n + inner
-        return losses
-
     def location_scores(self, preds):
         if self.property in ('impobj','centerness'): return super().location_scores(preds)
         if self.score_gamma == 0: return None
         maps = self.maps(preds)
         return None if maps is None else maps[:,0]**self.score_gamma
+
+# %% ../nbs/14_ala.ipynb #c015
+@patch
+def _working(self:ALA, preds, pairs, table, maps, log_s, hard, soft, xi, n):
+    h, s, zero = hard.to(log_s), soft.to(log_s), log_s.sum()*0
+    losses = dict(loss_hard=mean_over_set(pairs, -log_s, h)/n if 'H' in self.use else zero, loss_soft=mean_over_set(pairs, -xi*log_s, s)/n if 'S' in self.use else zero)
+    joint = preds.obj_logits if self.property=='impobj' else None
+    at = None if joint is None else pairs.third(preds)
+    # each location and class is negative to the degree to which no object of that class wants it there; a set whose loss is off says nothing
+    degree = positive_degree(hard, soft, xi)
+    silent = 1. - ((h if 'H' in self.use else 0) + (s if 'S' in self.use else 0) + (1-h-s if 'N' in self.use else 0))   # no loss at all for these
+    keep_out = torch.maximum(degree, torch.as_tensor(silent, device=degree.device).expand_as(degree).to(degree))
+    keep_out = keep_out*pairs.best_of_class(keep_out)
+    losses['loss_neg'] = table.negatives(joint, .75/n) - .75*(keep_out*joint_negative(table.logits, at)).sum()/n
+    if self.property == 'ipb' and preds.property_logits is not None: losses['loss_property'] = self.background_weight*self._background(preds, pairs)/n
+    return losses
+
+@patch
+def _background(self:ALA, preds, pairs):
+    "Focal loss of foreground claims outside all boxes, on the finest level."
+    (h,w), dt = preds.level_sizes[0], preds.dtype
+    outside = torch.ones(preds.n_images*preds.n_locations, dtype=dt, device=preds.device).index_fill_(0, pairs.cell, 0.)
+    outside = outside.view(preds.n_images, -1)[:,:h*w]
+    logits = preds.property_logits.to(dt).flatten(2)
+    x = logits[:,0]-logits[:,1] if self.coupling=='softmax' else logits[:,0]      # softmax of two is a sigmoid of the difference
+    return .75*(focal_negative(x)*outside).sum()
+
+# %% ../nbs/14_ala.ipynb #c017
+@patch
+def _paper(self:ALA, preds, pairs, table, maps, log_s, hard, soft, xi, n):
+    h, s, zero = hard.to(log_s), soft.to(log_s), log_s.sum()*0
+    low, p = 1-h-s, log_s.exp()
+    log_not = torch.log1p(-p.clamp(max=1-1e-6))
+    losses = dict(loss_hard=-(h*log_s).sum()/n if 'H' in self.use else zero, loss_soft=-(s*(xi*log_s+(1-xi)*log_not)).sum()/n if 'S' in self.use else zero)
+    inner = -.75*(low*p*p*log_not).sum()/n if 'N' in self.use else zero
+    # outside every box: S- = P(cls)·M-, all classes; M- enters the dense term as an objectness
+    minus = None if maps is None else maps[:,1].clamp(1e-6,1-1e-6).logit()
+    at = None if minus is None else minus.reshape(-1).index_select(0, pairs.cell)
+    mine = pairs.best_of_class(torch.zeros_like(log_s)).to(log_s)
+    losses['loss_neg'] = table.negatives(minus, .75/n) - .75*(mine*joint_negative(table.logits, at)).sum()/n + inner
+    return losses

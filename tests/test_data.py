@@ -452,3 +452,12 @@ def test_loading_is_cheap():
     import time
     ds = ShapesDataset('train', n=64); ds.prepare(); loader = make_loader(ds, 16, train=True, transforms=train_transforms()); list(loader)
     t = time.process_time(); list(loader); assert (time.process_time()-t)/64 < 1e-2
+
+
+def test_the_splits_and_readers_of_a_folder():
+    "What `load_folder` is made of, called by name: both forms of the small BCCD list the same splits and read the same number of objects."
+    root = Path(__file__).parent/'data'/'bccd'
+    assert set(data.coco_splits(root)) == set(data.voc_splits(root)) - {'trainval'}
+    split = sorted(data.coco_splits(root))[0]
+    found = data.read_voc(root, data.voc_splits(root)[split], split)
+    assert len(FolderDataset('bccd', split, found)) == len(data.load_dataset(root, split))

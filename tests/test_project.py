@@ -207,7 +207,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 '''
 DEV_ONLY = '''nbdev execnb fastgit ghapi IPython ipywidgets ipykernel jupyter_client jupyter_core jupyterlab notebook nbformat nbclient
-    nbconvert traitlets pytest hypothesis setuptools pkg_resources'''.split()
+    nbconvert traitlets pytest setuptools pkg_resources'''.split()
 LAZY = ['matplotlib', 'pycocotools', 'faster_coco_eval', 'scipy']
 
 def import_all(modules): return '\n'.join(f'import ala_nb.{m}' for m in modules)
