@@ -225,7 +225,7 @@ def gradients(options, loss):
     (dict(objectness='explicit'), 'loss_neg', {'cls'}), (dict(objectness='explicit'), 'loss_obj', {'obj'}),
     (dict(centre='none'), 'loss_pos', {'cls', 'distances', 'obj'}), (dict(centre='fixed'), 'loss_pos', {'cls', 'distances', 'obj'}),
     (dict(confidence='none'), 'loss_pos', {'cls', 'distances', 'obj', 'mu', 'sigma'}),
-    (dict(objectness='none'), 'loss_neg', {'cls'})), ids=str)
+    (dict(objectness='none'), 'loss_neg', {'cls'})), ids=lambda v: '-'.join(sorted(v)) if isinstance(v, set) else str(v))
 def test_gradient_flow(options, loss, reached): assert gradients(options, loss) == reached
 
 def test_each_loss_alone_equals_its_share():
