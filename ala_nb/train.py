@@ -83,7 +83,7 @@ class Config:
     amp:str             = knob('off', 'mixed precision of the network (assignment and losses stay float32)', choices=('off','bf16','fp16'))
     compile:bool        = knob(False, 'torch.compile the network')
     channels_last:bool  = knob(False, 'channels-last memory format')
-    threads:int         = knob(0, 'CPU threads; 0 leaves it to torch (the number taken is stored)', lo=0, live=True)
+    threads:int         = knob(0, 'CPU threads; 0 leaves it to torch, but takes 1 for tiny on shapes (the number taken is stored)', lo=0, live=True)
     seed:int            = knob(0, 'seed of initial weights, data order and augmentation', lo=0)
     deterministic:bool  = knob(False, 'deterministic algorithms on the GPU too (slower; the CPU always is)')
     #: Output
@@ -151,7 +151,10 @@ def recipe(
     "The recipe for `data` with some knobs changed; a knob that does not exist is refused with the nearest names."
     if data != 'shapes': return as_config({'data': data, **FOLDER, **changes})
     c = as_config(changes)
-    if c.backbone != 'tiny' or 'strides' in c.detector_options: return c
+    if c.backbone != 'tiny': return c
+    # A network this small gains little from a second thread, and loses severalfold when something else runs: two threads wait for each other at every step.
+    if not c.threads: c = dataclasses.replace(c, threads=1)
+    if 'strides' in c.detector_options: return c
     return dataclasses.replace(c, method_options={**SHAPES_METHODS.get(c.method, {}), **c.method_options})
 
 def as_config(values:dict) -> Config:

@@ -67,7 +67,7 @@ def main():
             row = run_row(method, options, seed, base, Path(a.runs)/results.stem, a.threads)
             new = not results.exists()
             with results.open('a', newline='') as f:
-                w = csv.DictWriter(f, FIELDS); new and w.writeheader(); w.writerow(row)
+                w = csv.DictWriter(f, FIELDS, lineterminator='\n'); new and w.writeheader(); w.writerow(row)
             print({k: row[k] for k in FIELDS[:8]}, flush=True)
 
 if __name__ == '__main__': main()
