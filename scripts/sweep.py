@@ -1,28 +1,30 @@
 """Train a table of methods, seeds and switches, one row of CSV a finished run.
 
     python scripts/sweep.py methods  --seeds 0 1 2              # every method on `shapes`, the default recipe
-    python scripts/sweep.py claims   --seeds 0 1                # the papers' claims that a small set can show
-    python scripts/sweep.py readings --seeds 0 1                # ALA's equations, printed and mended
+    python scripts/sweep.py claims   --seeds 0 1                # the papers' claims (ala_nb.tables), 6 epochs
+    python scripts/sweep.py readings --seeds 0 1                # ALA's equations, printed and mended, 6 epochs
     python scripts/sweep.py bccd --data DIR --seeds 0           # every method on a real set, ResNet-18 from scratch
 
 Each row holds the command that made it. An interrupted sweep goes on where its rows end, and an interrupted run where its checkpoint is.
 Rows are trained in the order of the table, seed by seed, so that a stopped sweep has compared everything it has begun.
 """
-import argparse, csv, json, os, shlex, subprocess, sys, time
+import argparse, csv, json, shlex, subprocess, sys, time
 from pathlib import Path
+from ala_nb.data import load_dataset
+from ala_nb.detector import load_detector
+from ala_nb.tables import CLAIMS, property_iou
 
-SHAPES = []
 BCCD = '--backbone resnet18 --size 240 --max_size 320 --epochs 12 --batch_size 8 --optimizer sgd --lr 0.005 --weight_decay 1e-4 --schedule cosine --warmup 50 --clip 0 --eval_every 12'.split()
 ALL = [('fcos', ''), ('autoassign', ''), ('ala', ''), ('atss', ''), ('ciou_atss', ''), ('dw', ''), ('o2f', ''), ('ala', 'one_to_one=True'), ('poto', '')]
 TABLES = dict(
     methods = ALL,
-    claims = [('autoassign', ''), ('autoassign', "centre='none' confidence='none'"), ('ciou_atss', ''), ('ciou_atss', 'anchor_weight=0'),
-              ('ala', ''), ('ala', "parts='weight'"), ('ala', "parts='confidence'"), ('ala', "losses='HS'"), ('ala', "losses='SN'"),
-              ('ala', "centre='none' blur_radius=0"), ('o2f', 'K=0'), ('o2f', ''), ('o2f', 't=0.2'), ('o2f', 'K=2 t=1.0')],
-    readings = [('ala', ''), ('ala', "variant='paper'"), ('ala', "variant='paper' loc='exp'"), ('ala', "coupling='sigmoid'"), ('ala', "loc='exp_giou'"), ('ala', "loc='power'"),
-                ('ala', 'background_weight=1.0'), ('ala', 'score_gamma=1.0'), ('ala', "centre='fixed'")],
+    claims = list(dict.fromkeys(side for c in CLAIMS for side in (c.before, c.after))),
+    readings = [('ala', o) for o in ('', "variant='paper'", "variant='paper' loc='exp'", "coupling='sigmoid'", "loc='exp_giou'", "loc='power'", 'background_weight=1.0',
+                                     'score_gamma=0.5', 'width=1.5', "blur_radius=0", "centre='none'", "centre='fixed'")],
     bccd = ALL)
-FIELDS = 'method options seed AP AP50 AP75 AP_no_nms AP_nms seconds command versions'.split()
+FILES = dict(methods='shapes.csv', claims='claims.csv', readings='claims.csv', bccd='bccd.csv')
+SHORT = '--epochs 6'.split()         # of claims and readings: both sides of a comparison have the same budget
+FIELDS = 'method options seed AP AP50 AP75 AP_no_nms AP_nms map_iou seconds command versions'.split()
 
 def done(path):
     "Rows that stand in the file already."
@@ -44,23 +46,26 @@ def run_row(method, options, seed, base, folder, threads):
         file = out/f'{nms}.json'
         subprocess.check_call([sys.executable, '-m', 'ala_nb.evaluate', str(out), f'--{nms}', '--out', str(file)], stdout=subprocess.DEVNULL)
         metrics[nms] = json.loads(file.read_text())['coco']
+    map_iou = ''
+    if method == 'ala' and '--data' not in base and (model := load_detector(out)).method.head.property_branch:
+        map_iou = round(property_iou(model, load_dataset('shapes', 'val', masks=True))[0], 4)
     versions = json.loads((out/'config.json').read_text()).get('versions', {})
     plain = metrics['no-nms' if method in ('poto', 'o2f') or 'one_to_one=True' in options else 'nms']
     return dict(method=method, options=options, seed=seed, **{k: round(plain[k], 4) for k in ('AP', 'AP50', 'AP75')}, AP_no_nms=round(metrics['no-nms']['AP'], 4),
-                AP_nms=round(metrics['nms']['AP'], 4), seconds=round(seconds), command=shown, versions=f"torch {versions.get('torch', '?')}")
+                AP_nms=round(metrics['nms']['AP'], 4), map_iou=map_iou, seconds=round(seconds), command=shown, versions=f"torch {versions.get('torch', '?')}")
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('table', choices=TABLES); p.add_argument('--seeds', type=int, nargs='+', default=[0])
     p.add_argument('--data', help='folder of the bccd table'); p.add_argument('--split', default='test', help='split it is measured on')
     p.add_argument('--results', default='nbs/results', help='folder of the CSV files'); p.add_argument('--runs', default='runs/sweep', help='folder of the runs')
-    p.add_argument('--threads', type=int, default=2); p.add_argument('--only', nargs='*', help='these methods only')
+    p.add_argument('--threads', type=int, default=1, help='of the CPU, for one run; start the command twice, with other seeds, to use two cores'); p.add_argument('--only', nargs='*', help='these methods only')
     p.add_argument('extra', nargs='*', help='more options of ala_nb.train, after --')
     a = p.parse_args()
     if a.table == 'bccd' and not a.data: p.error('bccd: --data DIR is needed')
-    results = Path(a.results)/('bccd.csv' if a.table == 'bccd' else 'shapes.csv')
+    results = Path(a.results)/FILES[a.table]
     results.parent.mkdir(parents=True, exist_ok=True)
-    base = (['--data', a.data, '--val_split', a.split, *BCCD] if a.table == 'bccd' else SHAPES) + a.extra
+    base = (['--data', a.data, '--val_split', a.split, *BCCD] if a.table == 'bccd' else [] if a.table == 'methods' else SHORT) + a.extra
     for seed in a.seeds:
         for method, options in TABLES[a.table]:
             if (a.only and method not in a.only) or (method, options, str(seed)) in done(results): continue
