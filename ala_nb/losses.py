@@ -8,7 +8,8 @@ __all__ = ['SATURATED', 'BLOCK', 'focal_positive', 'focal_negative', 'quality_fo
            'ClassTable']
 
 # %% ../nbs/02_losses.ipynb #c002
-import mmap
+import mmap, threading, weakref
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -159,16 +160,22 @@ def _slices(shape, size):
     step = max(1, size//max(r*c,1))
     return [(slice(i,min(b,i+step)), slice(0,r)) for i in range(0,b,step)]
 
+_SPARE, _ONE_THREAD = [], threading.Lock() # mappings that no gradient uses now
+
 def _fresh(like:Tensor)->Tensor:
-    "Memory for a gradient of `like`. The C library maps blocks over 32 MB anew at every step; huge pages make that cheap (Linux)."
+    "Memory for a gradient of `like`. The C library maps blocks over 32 MB anew at every step, a page fault every 4 KB; these are kept, in huge pages (Linux)."
     n = like.numel()*like.element_size()
-    if like.device.type == 'cpu' and n > 32 << 20 and hasattr(mmap, 'MADV_HUGEPAGE'):
-        try:
-            pages = mmap.mmap(-1, n, flags=mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS)
-            pages.madvise(mmap.MADV_HUGEPAGE)
-            return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)   # keeps the mapping alive as long as the tensor
-        except OSError: pass                                              # a kernel without huge pages
-    return torch.empty_like(like)
+    if like.device.type != 'cpu' or n <= 32 << 20 or not hasattr(mmap, 'MADV_HUGEPAGE'): return torch.empty_like(like)
+    with _ONE_THREAD:
+        enough = [p for p in _SPARE if len(p) >= n]
+        pages = min(enough, key=len) if enough else None
+        _SPARE.remove(pages) if enough else _SPARE.clear()                # those too small would never be used again
+    if pages is None:
+        try: pages = mmap.mmap(-1, n, flags=mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS); pages.madvise(mmap.MADV_HUGEPAGE)
+        except OSError: return torch.empty_like(like)                     # a kernel without huge pages
+    memory = np.frombuffer(pages, np.uint8, n)
+    weakref.finalize(memory, _SPARE.append, pages)                        # runs when the last tensor on it is gone
+    return torch.from_numpy(memory).view(like.dtype).view(like.shape)
 
 @torch.no_grad()
 def dense_negative(
