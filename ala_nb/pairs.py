@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Objects', 'Predictions', 'np_cumsum', 'Pairs', 'columns_between', 'rectangle_pairs', 'inside_pairs', 'center_pairs',
-           'nearest_on_axis', 'nearest_on_level', 'nearest_pairs']
+           'nearest_on_axis', 'nearest_cells', 'nearest_pairs']
 
 # %% ../nbs/01_pairs.ipynb #c002
 import functools
@@ -357,27 +357,37 @@ def center_pairs(
 # %% ../nbs/01_pairs.ipynb #c030
 def nearest_on_axis(
     centre:Tensor, # (N,) px
-    stride:float, offset:float,
-    n:int, # cells along this axis
+    stride:Tensor, # (L,) px
+    offset:float,  # in strides
+    n:Tensor,      # (L,) int64, cells along this axis
     k:int,
-): # index (N, min(k, n)) int64 and distance (N, min(k, n)) px, nearest first
-    "The k grid lines nearest to each centre along one axis; ties to the lower index."
-    near = (centre/stride - offset).round().clamp(0, n-1).long()
-    i = near[:,None] + torch.arange(-k, k+1, device=centre.device)       # the k nearest are within k of the nearest
-    d = ((i+offset)*stride - centre[:,None]).abs().masked_fill((i<0)|(i>=n), torch.inf)
-    d, order = d.sort(dim=1, stable=True)
-    return i.gather(1, order)[:,:min(k,n)], d[:,:min(k,n)]
+): # index (N, L, k) int64 and distance (N, L, k) px, nearest first; infinitely far where there are fewer cells
+    "The k grid lines of each level nearest to each centre along one axis; ties to the lower index."
+    u = centre[:,None]/stride - offset
+    near = (u-.5).ceil().clamp(min=0).minimum(n-1)
+    up, above, below = u > near, n-1-near, near                           # the second nearest lies above; cells on both sides
+    first, other = (torch.where(up, x, y).long()[...,None] for x,y in ((above,below), (below,above)))
+    j = torch.arange(k, device=centre.device)                             # to and fro, until one side has no more cells
+    there = lambda j: torch.maximum((j+1)//2, j-other).minimum(first)     # of j cells after the nearest, how many are on the first side
+    back = j - there(j)
+    step = torch.where(there(j) > there(j-1).clamp(min=0), there(j), -back)
+    i = near.long()[...,None] + torch.where(up, 1, -1)[...,None]*step
+    return i, ((i+offset)*stride[:,None] - centre[:,None,None]).abs().masked_fill(back > other, torch.inf)
 
-def nearest_on_level(centres, stride, offset, size, k):
-    "Cells (N, min(k, H*W)) of one level nearest to `centres` (N, 2) px, nearest first; ties to the lower index."
-    (h,w), dev = size, centres.device
-    ix,dx = nearest_on_axis(centres[:,0], stride, offset, w, k)
-    iy,dy = nearest_on_axis(centres[:,1], stride, offset, h, k)
-    stairs = [(a,b) for a in range(ix.shape[1]) for b in range(iy.shape[1]) if (a+1)*(b+1) <= k]
-    a,b = torch.tensor(stairs, device=dev).T
-    cell, by_cell = (iy[:,b]*w + ix[:,a]).sort(dim=1)
-    d2 = (dx[:,a].square() + dy[:,b].square()).gather(1, by_cell)
-    return cell.gather(1, d2.sort(dim=1, stable=True)[1][:,:min(k,h*w)])
+def nearest_cells(
+    centres:Tensor, # (N, 2) px
+    stride:Tensor,  # (L,) px
+    offset:float,   # in strides
+    sizes:Tensor,   # (L, 2) int64, rows and columns
+    k:int,
+)->Tensor: # (N, L, k) row-major cell of the level, nearest first; without meaning beyond the level's number of cells
+    "The k cells of each level nearest to each centre; ties to the lower cell."
+    (h,w), stairs = sizes.T, [(a,b) for a in range(k) for b in range(k) if (a+1)*(b+1) <= k]
+    (ix,dx), (iy,dy) = nearest_on_axis(centres[:,0], stride, offset, w, k), nearest_on_axis(centres[:,1], stride, offset, h, k)
+    a,b = torch.tensor(stairs, device=centres.device).T
+    cell, by_cell = (iy[...,b]*w[:,None] + ix[...,a]).sort(dim=-1)
+    d2 = (dx[...,a].square() + dy[...,b].square()).gather(-1, by_cell)
+    return cell.gather(-1, d2.sort(dim=-1, stable=True)[1][...,:k])
 
 # %% ../nbs/01_pairs.ipynb #c032
 def nearest_pairs(
@@ -385,14 +395,13 @@ def nearest_pairs(
     k:int=9, # locations a level
 )->Pairs:
     "The k locations of every level nearest to each object's centre (all of them on levels with fewer), inside the box or not."
-    objects = objects.to(preds.points)
+    objects, dev = objects.to(preds.points), preds.device
     centres = ((objects.boxes[:,:2]+objects.boxes[:,2:])/2).double()       # exact, so that equal distances are equal
-    cells = [nearest_on_level(centres, s, preds.offset, size, k) + start
-             for s,size,start in zip(preds.level_strides, preds.level_sizes, preds.level_starts)]
-    n, per_level = len(objects), [c.shape[1] for c in cells]
-    loc = torch.cat(cells, 1)
-    obj = torch.arange(n, device=loc.device)[:,None].expand_as(loc).reshape(-1)
-    counts = torch.tensor([per_level], device=loc.device).expand(n,-1)
+    cells = nearest_cells(centres, torch.tensor(preds.level_strides, device=dev, dtype=torch.double), preds.offset, torch.tensor(preds.level_sizes, device=dev), k)
+    n, per_level = len(objects), [min(k, h*w) for h,w in preds.level_sizes]
+    loc = torch.cat([cells[:,l,:m]+start for l,(m,start) in enumerate(zip(per_level, preds.level_starts))], 1)
+    obj = torch.arange(n, device=dev)[:,None].expand_as(loc).reshape(-1)
+    counts = torch.tensor([per_level], device=dev).expand(n,-1)
     return Pairs(loc.reshape(-1), obj, counts.sum(1), preds, objects, counts, [n*m for m in per_level])
 
 # %% ../nbs/01_pairs.ipynb #c035
