@@ -536,7 +536,7 @@ def make_run(
 
 PEERS = {m: [f'dense {m}'] for m in DENSE} | {'atss assign': ['dense atss assign', 'mmdet atss assign']}
 PEERS['fcos'] += ['torchvision fcos', 'mmdet fcos']; PEERS['atss'] += ['mmdet atss']; PEERS['autoassign'] += ['mmdet autoassign']
-PEERS['dw'] += ['mmdet autoassign']   # DW's own release cannot be imported by mmdet 3; its loss costs about what AutoAssign's does
+PEERS['dw'] += ['mmdet autoassign']; PEERS['o2f'] += ['mmdet autoassign']; PEERS['ciou_atss'] += ['mmdet atss']   # the nearest relatives: these releases cannot be imported by mmdet 3
 
 def peers_of(
     loss:str,
@@ -1027,8 +1027,8 @@ def matrix(
 )->str:
     "One column of the rows as text, cases side by side."
     rows = [r | dict(mb_ratio=r['peer_mb']/r['mb'] if r.get('peer_mb') and r.get('mb') else None) for r in rows]
-    head = lambda r: f"{r['batch']}×{r['objects']}" + ('*' if r['allocator']=='raised' else '')
-    columns = list(dict.fromkeys(head(r) for r in sorted(rows, key=lambda r: (r['allocator'], isinstance(r['objects'], str), r['objects'] if not isinstance(r['objects'], str) else 0, r['batch']))))
+    head = lambda r: f"{r['batch']}×{r['objects']}" + '*'*(r['allocator']=='raised') + '′'*(r['threads']-1) + '~'*(not r['settled'])
+    columns = list(dict.fromkeys(head(r) for r in sorted(rows, key=lambda r: (r['threads'], -r['settled'], r['allocator'], isinstance(r['objects'], str), r['objects'] if not isinstance(r['objects'], str) else 0, r['batch']))))
     name = (lambda r: f"{r['peer']} / {r['loss']}") if 'ratio' in value else (lambda r: r['loss'])
     cells = {}
     for r in rows:
@@ -1156,7 +1156,7 @@ def main(
 # %% ../nbs/19_bench.ipynb #c075
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(worker() if sys.argv[1:] == ['--worker'] else main())   # not in the notebook, whose name is __main__ too
 
-# %% ../nbs/19_bench.ipynb #c082
+# %% ../nbs/19_bench.ipynb #c087
 @contextlib.contextmanager
 def silent():
     "Nothing on stderr, not even from C++ (the profiler talks)."

@@ -187,7 +187,7 @@ def dense_negative(
 ): # value 0-dim; gradients of `preds.cls_blocks` (list) and of `obj_logits` (B, P), or None
     "Sum of q²·-log(1-q) over all locations and classes, with its gradients, in one pass."
     first = preds.cls_blocks[0]
-    on_cpu = first.device.type == 'cpu'
+    on_cpu = first.device.type == 'cpu' and not torch.compiler.is_compiling()   # compiled, the exact form is one graph, and fast
     block = block or (BLOCK if on_cpu else 1 << 23)
     total = torch.zeros((), dtype=torch.float64 if on_cpu else first.dtype, device=first.device)
     minus_o = None if obj_logits is None else obj_logits.sigmoid().neg_()

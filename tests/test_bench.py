@@ -1,13 +1,14 @@
 "Batches as promised, references that compute the method's own number, files that resume, and every subcommand on tiny cases. Nothing here depends on a time."
-import argparse, contextlib, dataclasses, io, json, os, subprocess, sys, types
+import argparse, contextlib, dataclasses, io, json, os, shutil, subprocess, sys, types
 from pathlib import Path
 import pytest, torch
 from conftest import ROOT, golden_case
 from golden_util import case_inputs, golden_cases
 from ala_nb import bench as B
 from ala_nb.geometry import InputError
-from ala_nb.methods import available, build
-from ala_nb.pairs import Objects, inside_pairs
+from ala_nb.losses import ClassTable, dense_negative
+from ala_nb.methods import HeadSpec, available, build
+from ala_nb.pairs import Objects, Predictions, inside_pairs
 
 TINY = ['--image', '64x96', '--classes', '4', '--rounds', '1', '--no-isolate', '--no-memory', '--backbone', 'tiny']
 def command(*argv):
@@ -184,3 +185,74 @@ def test_out_must_be_a_folder_of_this_version(tmp_path):
 def test_help():
     p = subprocess.run([sys.executable, '-m', 'ala_nb.bench', '--help'], capture_output=True, text=True, cwd=ROOT)
     assert p.returncode == 0 and all(w in p.stdout for w in B.WHATS)
+
+# ---- what a loss may do to the machine
+
+def gradients(name, b, progress=.5, **options):
+    "Loss and gradients of a method, its parameters' too."
+    torch.manual_seed(0)
+    method = build(name, b.n_classes, **options).to(b.device); objects = Objects.from_targets(b.targets)
+    total = method(b.predictions(method.head), objects, progress).total
+    return [total.detach(), *torch.autograd.grad(total, b.leaves(method.head)+list(method.parameters()), allow_unused=True)]
+
+def same(a, b): return len(a) == len(b) and all(x is y if x is None or y is None else torch.equal(x, y) for x, y in zip(a, b))
+
+@pytest.mark.parametrize('name', available())
+def test_deterministic(name):
+    b = B.draw_batch((60, 0, 9), (160, 224), 4, torch.Generator().manual_seed(0), 40., .8)
+    try:
+        torch.use_deterministic_algorithms(True)                     # raises where an operation has no deterministic form
+        first = gradients(name, b)
+        assert same(first, gradients(name, b)) and same(first, gradients(name, b))
+    finally: torch.use_deterministic_algorithms(False)
+
+def compiled_dense(b, joint, backend):
+    "Dense term, value and gradients, as it is and compiled; a graph break raises."
+    obj = b.predictions(HeadSpec(third='objectness')).obj_logits.detach() if joint else None
+    def dense(*maps):
+        value, grads, by_obj = dense_negative(Predictions.from_maps(maps, b.distances, strides=b.strides), obj, .5)
+        return (value, *grads) + (() if by_obj is None else (by_obj,))
+    torch._dynamo.reset()
+    for x, y in zip(dense(*b.cls), torch.compile(dense, fullgraph=True, backend=backend)(*b.cls), strict=True): torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-6)
+
+@pytest.mark.parametrize('joint', [False, True])
+def test_dense_term_is_one_graph(joint): compiled_dense(B.coco_like(2, 3, (96, 160), 5), joint, 'eager')
+
+def test_dense_term_compiles():
+    if not any(map(shutil.which, filter(None, (os.environ.get('CXX'), 'g++', 'clang++')))): pytest.skip("torch's compiler needs a C++ compiler and there is none")
+    compiled_dense(B.coco_like(2, 3, (32, 48), 5, strides=(8,)), True, 'inductor')
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_dense_term_never_waits_for_a_gpu():
+    b = B.coco_like(2, 5, (96, 160), 4, device='cuda')
+    preds, objects = b.predictions(HeadSpec(third='objectness')), Objects.from_targets(b.targets)
+    pairs = inside_pairs(preds, objects); pairs.by_level, pairs.cell
+    scale, ones = torch.full((), .5, device='cuda'), torch.ones((), device='cuda')
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        table = ClassTable(preds, pairs)
+        total = table.negatives(preds.obj_logits, scale) + table.logits.sum()
+        torch.autograd.grad(total, b.cls+b.third, ones)
+    finally: torch.cuda.set_sync_debug_mode('default')
+
+CROWD = lambda: B.draw_batch((400, 3), (320, 480), 4, torch.Generator().manual_seed(0), 60., .6)   # about 150,000 pairs
+
+def test_chunks_change_no_result():
+    b = CROWD()
+    whole, cut = gradients('autoassign', b, chunk=1<<30), gradients('autoassign', b, chunk=1<<12)
+    for x, y in zip(whole, cut):
+        if x is not None: assert (x-y).norm() <= 1e-5*x.norm()
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='high-water marks are reset on Linux only')
+def test_chunks_bound_the_memory():
+    spec = lambda chunk: [sys.executable, '-c', f"""
+import torch
+from ala_nb import bench as B
+from ala_nb.methods import build
+from ala_nb.pairs import Objects
+torch.set_num_threads(1)
+b = B.draw_batch((2000,), (800, 1216), 2, torch.Generator().manual_seed(0), 60., .5)
+m = build('autoassign', 2, chunk={chunk}); leaves = b.leaves(m.head)
+print(B.peak_growth(lambda: torch.autograd.grad(m(b.predictions(m.head), Objects.from_targets(b.targets), .5).total, leaves)))"""]
+    small, large = (float(subprocess.run(spec(c), capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()[-1]) for c in (1<<15, 1<<30))
+    assert small < .7*large, (small, large)
