@@ -57,7 +57,7 @@ class ALA(Method):
         threshold='statistics',   # 'statistics', a number (Table IX) or None (Table VIII, no PS³)
         width:float=1.,           # thresholds at mean ± width · std
         xi=None,                  # fixed soft label (Table X); None: Eq. 10
-        losses:str='HSN',         # which of hard (H), soft (S) and inside-negative (N) losses (Table XI)
+        losses:str='HSN',         # which of the losses of hard (H), soft (S) and negative (N) samples, inside and outside the boxes (Table XI)
         one_to_one:bool=False,    # Sec. IV-D: the best pair of the hard set is the only positive, no NMS
         background_weight:float=.3, # weight of the property branch outside all boxes (working)
         score_gamma:float=0.,     # score = P(cls) · P_F^gamma
@@ -129,12 +129,14 @@ def _working(self:ALA, preds, pairs, table, maps, log_s, hard, soft, xi, n):
     losses = dict(loss_hard=mean_over_set(pairs, -log_s, h)/n if 'H' in self.use else zero, loss_soft=mean_over_set(pairs, -xi*log_s, s)/n if 'S' in self.use else zero)
     joint = preds.obj_logits if self.property=='impobj' else None
     at = None if joint is None else pairs.third(preds)
-    # each location and class is negative to the degree to which no object of that class wants it there; a set whose loss is off says nothing
-    degree = positive_degree(hard, soft, xi)
-    silent = 1. - ((h if 'H' in self.use else 0) + (s if 'S' in self.use else 0) + (1-h-s if 'N' in self.use else 0))   # no loss at all for these
-    keep_out = torch.maximum(degree, torch.as_tensor(silent, device=degree.device).expand_as(degree).to(degree))
-    keep_out = keep_out*pairs.best_of_class(keep_out)
-    losses['loss_neg'] = table.negatives(joint, .75/n) - .75*(keep_out*joint_negative(table.logits, at)).sum()/n
+    cost = joint_negative(table.logits, at)
+    if 'N' in self.use:
+        # each location and class is negative to the degree to which no object of that class wants it there; a set whose loss is off says nothing
+        silent = 1. - ((h if 'H' in self.use else 0) + (s if 'S' in self.use else 0) + (1-h-s))
+        keep_out = torch.maximum(positive_degree(hard, soft, xi), torch.as_tensor(silent, device=cost.device).expand_as(cost).to(cost))
+        keep_out = keep_out*pairs.best_of_class(keep_out)
+        losses['loss_neg'] = table.negatives(joint, .75/n) - .75*(keep_out*cost).sum()/n
+    else: losses['loss_neg'] = .75*(s*(1-xi)*cost).sum()/n if 'S' in self.use else zero          # what Eq. 9 says of soft ones
     if self.property == 'ipb' and preds.property_logits is not None: losses['loss_property'] = self.background_weight*self._background(preds, pairs)/n
     return losses
 
@@ -155,7 +157,8 @@ def _paper(self:ALA, preds, pairs, table, maps, log_s, hard, soft, xi, n):
     low, p = 1-h-s, log_s.exp()
     log_not = torch.log1p(-p.clamp(max=1-1e-6))
     losses = dict(loss_hard=-(h*log_s).sum()/n if 'H' in self.use else zero, loss_soft=-(s*(xi*log_s+(1-xi)*log_not)).sum()/n if 'S' in self.use else zero)
-    inner = -.75*(low*p*p*log_not).sum()/n if 'N' in self.use else zero
+    if 'N' not in self.use: return losses | dict(loss_neg=zero)
+    inner = -.75*(low*p*p*log_not).sum()/n
     # outside every box: S- = P(cls)·M-, all classes; M- enters the dense term as an objectness
     minus = None if maps is None else maps[:,1].clamp(1e-6,1-1e-6).logit()
     at = None if minus is None else minus.reshape(-1).index_select(0, pairs.cell)
