@@ -33,7 +33,7 @@ def methods_table(
     def cells(key, m):
         lost = 1-m['AP_no_nms']/m['AP_nms'] if m['AP_nms'] else 0.
         return [f'`{key[0]}`' + (f' `{key[1]}`' if key[1] else ''), f"{m['AP']:.3f}", f"{m['AP50']:.3f}", f"{m['AP75']:.3f}",
-                f"{m['AP_nms']:.3f}", f"{m['AP_no_nms']:.3f}", f'{lost:+.0%}', f"{m['seeds']}", f"{m['spread']:.3f}"]
+                f"{m['AP_nms']:.3f}", f"{m['AP_no_nms']:.3f}", f'{lost:+.0%}', f"{m['seeds']}", f"{m['spread']:.3f}" if m['seeds'] > 1 else '–']
     best = sorted(mean_runs(runs).items(), key=lambda x: -x[1]['AP'])
     return markdown(['method', 'AP', 'AP50', 'AP75', 'NMS', 'no NMS', 'lost without', 'seeds', 'spread of AP'], [cells(*x) for x in best])
 
