@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import Tensor
+from .geometry import InputError
 from .methods import finished_runs, mean_runs
 from .ipb import map_iou
 from .data import load_dataset
@@ -98,7 +99,9 @@ def property_iou(
     dataset,        # with masks: `load_dataset('shapes', 'val', masks=True)`
     n:int=100,      # images
 )->tuple: # foreground, background: 0 ... 1
-    "IoU of ALA's property maps with the objects' true masks, over the pixels of all images together."
+    "IoU of ALA's property maps with the objects' true masks, over the pixels of all images together; `InputError` without a branch or masks."
+    if not model.method.head.property_branch: raise InputError("model: its method has no property branch; give one trained with method='ala' and property='ipb'")
+    if not getattr(dataset, 'masks', False): raise InputError("dataset: no masks; make it with masks=True")
     here, there = [], []
     for i in range(min(n, len(dataset))):
         image, target = dataset[i]
