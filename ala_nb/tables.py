@@ -70,13 +70,13 @@ CLAIMS = [
 def judge(
     claim:Claim,
     runs:dict, # of `mean_runs`
-)->dict: # before, after, lost (None without rows), holds (bool or None), within (bool: the difference is within the seeds' spread)
+)->dict: # before, after, lost (None without rows), holds (bool or None), sign (bool or None: the paper's), within (bool: the difference is within the seeds' spread)
     "Whether a claim holds in these runs."
     a, b = runs.get(claim.before), runs.get(claim.after)
-    if not a or not b or claim.metric not in a or claim.metric not in b: return dict(before=None, after=None, lost=None, holds=None, within=False)
+    if not a or not b or claim.metric not in a or claim.metric not in b: return dict(before=None, after=None, lost=None, holds=None, sign=None, within=False)
     before, after = a[claim.metric], b[claim.metric]
     lost = (before-after)/(before if claim.share else 1) if before else 0.
-    return dict(before=before, after=after, lost=lost, holds=claim.low <= lost <= claim.high, within=abs(before-after) < max(a['spread'], b['spread']))
+    return dict(before=before, after=after, lost=lost, holds=claim.low <= lost <= claim.high, sign=(before-after)*(claim.paper[0]-claim.paper[1]) >= 0, within=abs(before-after) < max(a['spread'], b['spread']))
 
 def claims_table(
     runs:list, # of `finished_runs`
@@ -86,7 +86,7 @@ def claims_table(
     means, rows = mean_runs(runs), []
     for c in claims:
         j = judge(c, means)
-        verdict = 'not run' if j['holds'] is None else ('holds' if j['holds'] else '**does not hold**') + (', within the spread' if j['within'] else '')
+        verdict = 'not run' if j['holds'] is None else ('holds' if j['holds'] else '**does not hold**') + ', **sign reversed**'*(not j['sign']) + ', within the spread'*j['within']
         ours = '–' if j['lost'] is None else f"{j['before']:.3f} → {j['after']:.3f} ({-j['lost']:+.0%})" if c.share else f"{j['before']:.3f} → {j['after']:.3f} ({-j['lost']:+.3f})"
         n = min((means[k]['seeds'] for k in (c.before,c.after) if k in means), default=0)
         rows.append([f'{c.says}: `{" ".join(c.after)}`', c.source, f'{c.paper[0]} → {c.paper[1]}', ours, c.metric.replace('_',' '), str(n), verdict])
