@@ -256,15 +256,15 @@ class AutoAssign(Method):
         pos_weight:float=None,      # factor of the positive loss; None: 0.25 released, 1 paper
         neg_weight:float=.75,       # factor of the negative loss, focal loss's 1 - α
         centre_weight:float=.75,    # factor of the centre loss
-        chunk:int=1<<17,            # pairs at a time: bounds the memory of a crowd, changes no result
+        chunk:int=None,             # pairs at a time: bounds the memory of a crowd, changes no result; None: see `pairs.chunks`
     ):
         choice('variant', variant, ('released','paper')); choice('centre', centre, ('category','shared','fixed','none'))
         choice('confidence', confidence, ('joint','cls','loc','none')); choice('objectness', objectness, ('implicit','explicit','none'))
-        if not (tau > 0 and chunk >= 1): raise InputError(f"tau: {tau}, chunk: {chunk}; both must be positive")
+        if not (tau > 0 and (chunk is None or chunk >= 1)): raise InputError(f"tau: {tau}, chunk: {chunk}; both must be positive")
         third = None if objectness == 'none' else 'objectness'
         super().__init__(num_classes, HeadSpec(offset=0., cls_prior=.02, box_bias=4., box_activation='relu', third=third))
         self.variant, self.centre, self.confidence, self.objectness = variant, centre, confidence, objectness
-        self.negative_weighting, self.other_objects, self.chunk = negative_weighting, other_objects, int(chunk)
+        self.negative_weighting, self.other_objects, self.chunk = negative_weighting, other_objects, chunk and int(chunk)
         self.reg_weight, self.tau, self.neg_weight, self.centre_weight = reg_weight, tau, neg_weight, centre_weight
         self.pos_weight = pos_weight if pos_weight is not None else .25 if variant == 'released' else 1.
         learned = centre in ('category','shared')

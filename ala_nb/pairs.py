@@ -267,9 +267,11 @@ from fastcore.basics import patch
 # %% ../nbs/01_pairs.ipynb #c017
 @patch
 def chunks(self:Pairs,
-    size:int, # pairs a chunk at most; an object with more is a chunk of its own
+    size:int=None, # pairs a chunk at most; an object with more is a chunk of its own; None: `on_cpu` on a CPU, 2²¹ on a GPU
+    on_cpu:int=1<<17, # what the temporaries of a method leave in the cache
 ): # yields (slice of the objects, slice of the pairs, Pairs of these objects alone)
     "The list cut between objects, in order; one chunk and no synchronisation if it is not longer than `size`."
+    if size is None: size = on_cpu if self.loc.device.type=='cpu' else 1<<21
     if len(self) <= size:
         yield slice(0, len(self.objects)), slice(0, len(self)), self
         return
@@ -356,14 +358,14 @@ def center_pairs(
 
 # %% ../nbs/01_pairs.ipynb #c030
 def nearest_on_axis(
-    centre:Tensor, # (N,) px
+    centre:Tensor, # (..., N) px
     stride:Tensor, # (L,) px
     offset:float,  # in strides
-    n:Tensor,      # (L,) int64, cells along this axis
+    n:Tensor,      # (L,) or broadcastable to (..., N, L), int64, cells along this axis
     k:int,
-): # index (N, L, k) int64 and distance (N, L, k) px, nearest first; infinitely far where there are fewer cells
+): # index (..., N, L, k) int64 and distance (..., N, L, k) px, nearest first; infinitely far where there are fewer cells
     "The k grid lines of each level nearest to each centre along one axis; ties to the lower index."
-    u = centre[:,None]/stride - offset
+    u = centre[...,None]/stride - offset
     near = (u-.5).ceil().clamp(min=0).minimum(n-1)
     up, above, below = u > near, n-1-near, near                           # the second nearest lies above; cells on both sides
     first, other = (torch.where(up, x, y).long()[...,None] for x,y in ((above,below), (below,above)))
@@ -372,7 +374,7 @@ def nearest_on_axis(
     back = j - there(j)
     step = torch.where(there(j) > there(j-1).clamp(min=0), there(j), -back)
     i = near.long()[...,None] + torch.where(up, 1, -1)[...,None]*step
-    return i, ((i+offset)*stride[:,None] - centre[:,None,None]).abs().masked_fill(back > other, torch.inf)
+    return i, ((i+offset)*stride[:,None] - centre[...,None,None]).abs().masked_fill(back > other, torch.inf)
 
 def nearest_cells(
     centres:Tensor, # (N, 2) px
@@ -382,10 +384,10 @@ def nearest_cells(
     k:int,
 )->Tensor: # (N, L, k) row-major cell of the level, nearest first; without meaning beyond the level's number of cells
     "The k cells of each level nearest to each centre; ties to the lower cell."
-    (h,w), stairs = sizes.T, [(a,b) for a in range(k) for b in range(k) if (a+1)*(b+1) <= k]
-    (ix,dx), (iy,dy) = nearest_on_axis(centres[:,0], stride, offset, w, k), nearest_on_axis(centres[:,1], stride, offset, h, k)
+    stairs = [(a,b) for a in range(k) for b in range(k) if (a+1)*(b+1) <= k]
+    (ix,iy), (dx,dy) = nearest_on_axis(centres.T, stride, offset, sizes.T.flip(0)[:,None], k)     # both axes at once
     a,b = torch.tensor(stairs, device=centres.device).T
-    cell, by_cell = (iy[...,b]*w[:,None] + ix[...,a]).sort(dim=-1)
+    cell, by_cell = (iy[...,b]*sizes[:,1:] + ix[...,a]).sort(dim=-1)
     d2 = (dx[...,a].square() + dy[...,b].square()).gather(-1, by_cell)
     return cell.gather(-1, d2.sort(dim=-1, stable=True)[1][...,:k])
 

@@ -4,6 +4,7 @@
     python scripts/sweep.py claims   --seeds 0 1                # the papers' claims (ala_nb.tables), 6 epochs
     python scripts/sweep.py readings --seeds 0 1                # ALA's equations, printed and mended, 6 epochs
     python scripts/sweep.py bccd --data DIR --seeds 0           # every method on a real set, ResNet-18 from scratch
+    python scripts/sweep.py bccd16 --data DIR --seeds 0         # the same with the network in bfloat16: half the time on a CPU that knows it
 
 Each row holds the command that made it. An interrupted sweep goes on where its rows end, and an interrupted run where its checkpoint is.
 Rows are trained in the order of the table, seed by seed, so that a stopped sweep has compared everything it has begun.
@@ -21,8 +22,8 @@ TABLES = dict(
     claims = list(dict.fromkeys(side for c in CLAIMS for side in (c.before, c.after))),
     readings = [('ala', o) for o in ('', "variant='paper'", "variant='paper' loc='exp'", "coupling='sigmoid'", "loc='exp_giou'", "loc='power'", 'background_weight=1.0',
                                      'score_gamma=0.5', 'width=1.5', "blur_radius=0", "centre='none'", "centre='fixed'")],
-    bccd = ALL)
-FILES = dict(methods='shapes.csv', claims='claims.csv', readings='claims.csv', bccd='bccd.csv')
+    bccd = ALL, bccd16 = ALL)
+FILES = dict(methods='shapes.csv', claims='claims.csv', readings='claims.csv', bccd='bccd.csv', bccd16='bccd_bf16.csv')
 SHORT = '--epochs 6'.split()         # of claims and readings: both sides of a comparison have the same budget
 FIELDS = 'method options seed AP AP50 AP75 AP_no_nms AP_nms map_iou seconds command versions'.split()
 
@@ -57,15 +58,16 @@ def run_row(method, options, seed, base, folder, threads):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('table', choices=TABLES); p.add_argument('--seeds', type=int, nargs='+', default=[0])
-    p.add_argument('--data', help='folder of the bccd table'); p.add_argument('--split', default='test', help='split it is measured on')
+    p.add_argument('--data', help='folder of the bccd tables'); p.add_argument('--split', default='test', help='split it is measured on')
     p.add_argument('--results', default='nbs/results', help='folder of the CSV files'); p.add_argument('--runs', default='runs/sweep', help='folder of the runs')
     p.add_argument('--threads', type=int, default=1, help='of the CPU, for one run; start the command twice, with other seeds, to use two cores'); p.add_argument('--only', nargs='*', help='these methods only')
     p.add_argument('extra', nargs='*', help='more options of ala_nb.train, after --')
     a = p.parse_args()
-    if a.table == 'bccd' and not a.data: p.error('bccd: --data DIR is needed')
+    real = a.table.startswith('bccd')
+    if real and not a.data: p.error(f'{a.table}: --data DIR is needed')
     results = Path(a.results)/FILES[a.table]
     results.parent.mkdir(parents=True, exist_ok=True)
-    base = (['--data', a.data, '--val_split', a.split, *BCCD] if a.table == 'bccd' else [] if a.table == 'methods' else SHORT) + a.extra
+    base = (['--data', a.data, '--val_split', a.split, *BCCD, *('--amp bf16 --channels_last True'.split() if a.table == 'bccd16' else [])] if real else [] if a.table == 'methods' else SHORT) + a.extra
     for seed in a.seeds:
         for method, options in TABLES[a.table]:
             if (a.only and method not in a.only) or (method, options, str(seed)) in done(results): continue

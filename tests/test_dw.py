@@ -2,8 +2,8 @@
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torchvision.ops import generalized_box_iou, box_iou
-from ala_nb.dw import BAGS, NEGATIVES, WEIGHTINGS, DW, box_loss, class_terms, overlaps
-from ala_nb.geometry import InputError, grid_points, level_sizes
+from ala_nb.dw import BAGS, NEGATIVES, WEIGHTINGS, DW, class_terms, giou_slopes, overlaps
+from ala_nb.geometry import InputError, distance_giou, grid_points, level_sizes
 from ala_nb.methods import build
 from ala_nb.pairs import Objects, Predictions
 from conftest import golden_case, load_golden
@@ -122,9 +122,9 @@ def random_batch(seed, counts, K=3, size=(64, 96), strides=(8, 16, 32), dtype=to
     leaves = [(r(len(counts), P, K)*6-4), dist, (r(len(counts), P)*4-1)]
     return [x.requires_grad_() for x in leaves], points, per, targets
 
-def against_slow(batch, options, rtol=1e-9):
+def against_slow(batch, options, rtol=1e-9, chunk=None):
     leaves, points, strides, targets = batch
-    out = DW(leaves[0].shape[2], **options)(Predictions(*leaves[:2], points, strides, leaves[2]), Objects.from_targets(targets))
+    out = DW(leaves[0].shape[2], chunk=chunk, **options)(Predictions(*leaves[:2], points, strides, leaves[2]), Objects.from_targets(targets))
     want = slow(leaves, points, strides, targets, **options)
     assert list(out.losses) == list(want)
     for k in want: torch.testing.assert_close(out.losses[k], want[k], rtol=rtol, atol=1e-10, msg=lambda m: f'{options} {k}: {m}')
@@ -140,14 +140,15 @@ SWITCHES = [dict(negative=n) for n in NEGATIVES] + [dict(weighting=w) for w in W
 @pytest.mark.parametrize('variant', ('released', 'paper'))
 @pytest.mark.parametrize('options', SWITCHES, ids=str)
 def test_every_switch_against_the_slow_reference(variant, options):
-    against_slow(random_batch(3, (5, 0, 3)), dict(options, variant=variant))
+    for chunk in (None, 50): against_slow(random_batch(3, (5, 0, 3)), dict(options, variant=variant), chunk=chunk)
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 6), min_size=1, max_size=3), st.sampled_from((1, 2, 5)),
        st.permutations(('any', 'tiny', 'whole', 'crowd')), st.sampled_from(('released', 'paper')),
-       st.sampled_from(('soft', ('radius', 1.3), ('topk', 5))), st.sampled_from(((64, 96), (40, 40), (17, 130))), st.sampled_from((0., .5)))
-def test_random_batches_against_the_slow_reference(seed, counts, K, kinds, variant, bag, size, offset):
-    against_slow(random_batch(seed, counts, K, size, kinds=kinds, offset=offset), dict(variant=variant, bag=bag))
+       st.sampled_from(('soft', ('radius', 1.3), ('topk', 5))), st.sampled_from(((64, 96), (40, 40), (17, 130))), st.sampled_from((0., .5)),
+       st.sampled_from((None, 1, 37)))
+def test_random_batches_against_the_slow_reference(seed, counts, K, kinds, variant, bag, size, offset, chunk):
+    against_slow(random_batch(seed, counts, K, size, kinds=kinds, offset=offset), dict(variant=variant, bag=bag), chunk=chunk)
 
 @pytest.mark.parametrize('variant', ('released', 'paper'))
 def test_a_crowd_and_many_classes(variant):
@@ -237,9 +238,10 @@ def test_known_slopes():
     g = torch.Generator().manual_seed(0); r = lambda *s: torch.rand(*s, generator=g, dtype=torch.float64)
     pred, target = (r(30, 4)*20+1).requires_grad_(), r(30, 4)*20+1
     target[:5] -= torch.tensor([30., 0, -30, 0])                      # these do not touch
-    weight = r(30); loss = overlaps(pred, target)[1]
-    assert torch.autograd.gradcheck(lambda x: box_loss(x, target, weight, overlaps(x, target)[1]), pred)
-    torch.testing.assert_close(box_loss(pred, target, weight, loss), (weight*loss).sum())
+    weight = r(30); slow = (weight*(1-distance_giou(pred, target))).sum()
+    torch.testing.assert_close((weight*overlaps(pred, target)[1]).sum(), slow.detach())
+    giou_slopes(pred.detach(), target, weight, out := torch.empty(4, 30, dtype=torch.float64))
+    torch.testing.assert_close(out.t(), torch.autograd.grad(slow, pred)[0])
     c, o = ((r(30)*8-4).requires_grad_() for _ in range(2)); y, n, f = r(30), r(30), r(30)
     for args in ((y, n, f, 2.), (y, None, f, 2.), (None, n, None, 2.), (None, None, f, 3.), (y, None, None, 2.), (y, n, -f, 0.)):
         assert torch.autograd.gradcheck(lambda c, o: torch.stack(class_terms(c, o, *args)), (c, o))
