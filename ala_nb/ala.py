@@ -61,6 +61,7 @@ class ALA(Method):
         one_to_one:bool=False,    # Sec. IV-D: the best pair of the hard set is the only positive, no NMS
         background_weight:float=.3, # weight of the property branch outside all boxes (working)
         score_gamma:float=0.,     # score = P(cls) · P_F^gamma
+        centre_gradient:bool=None, # μ's and σ's layer also moves the features that it pools; None: no working, yes paper
     ):
         choice('variant', variant, ('working','paper')); choice('property', property, ('ipb','impobj','centerness','none'))
         choice('parts', parts, ('both','confidence','weight')); choice('confidence_parts', confidence_parts, ('both','cls','loc')); choice('confidence', confidence, ('mul','add'))
@@ -72,7 +73,8 @@ class ALA(Method):
         self.prior = CenterPrior(num_classes, centre, in_channels)
         for k,v in dict(variant=variant, property=property, coupling=coupling, alpha=alpha, beta=dict(cls=1.,loc=0.).get(confidence_parts,beta), confidence=confidence, loc=loc, lam=lam, parts=parts,
                         blur_radius=blur_radius, blur_variance=blur_variance, threshold=threshold, width=width, xi=xi, use=losses, one_to_one=one_to_one,
-                        background_weight=background_weight, score_gamma=score_gamma).items(): setattr(self, k, v)
+                        background_weight=background_weight, score_gamma=score_gamma,
+                        centre_gradient=variant=='paper' if centre_gradient is None else bool(centre_gradient)).items(): setattr(self, k, v)
         self.nms, self.score_power = not one_to_one, .5 if property=='centerness' else 1.
 
     # ---- what the property branch (or what stands in for it) says
@@ -81,7 +83,7 @@ class ALA(Method):
         if self.property == 'impobj' and preds.obj_logits is not None: return torch.stack([preds.obj_logits.sigmoid(), (-preds.obj_logits).sigmoid()], 1)
         if self.property != 'ipb' or preds.property_logits is None: return None
         p = property_scores(preds.property_logits.to(preds.dtype), self.coupling)
-        return to_locations(blur(p, self.blur_radius, self.blur_variance), preds.level_sizes)
+        return to_locations(blur(p, self.blur_radius, self.blur_variance), preds.level_sizes, preds.level_strides, preds.offset)
 
     def quality(self, preds, pairs, cls_logits, distances, maps)->Tensor:
         "log S⁺ of every pair (Eqs. 3 – 7)."
@@ -90,7 +92,8 @@ class ALA(Method):
             overlap = (distance_giou if self.loc=='exp_giou' else distance_iou)(distances, pairs.targets)
             log_s = log_s + log_confidence(cls_logits, log_loc_likelihood(overlap, self.alpha, self.loc, self.lam), self.beta, self.confidence)
         if self.parts != 'confidence':
-            log_s = log_s + self.prior(pairs, preds.pooled)
+            pooled = preds.pooled if preds.pooled is None or self.centre_gradient else preds.pooled.detach()
+            log_s = log_s + self.prior(pairs, pooled)
             if maps is not None: log_s = log_s + maps[:,0].reshape(-1).index_select(0, pairs.cell).clamp(min=1e-6).log()
         return log_s.clamp(min=-100)
 

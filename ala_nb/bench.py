@@ -358,13 +358,13 @@ def dense_poto(method, preds, objects):
 # %% ../nbs/19_bench.ipynb #c023
 def dense_ala(method, preds, objects, progress=.5):
     "ALA, working form with its default options."
-    maps = to_locations(blur(property_scores(preds.property_logits), 3, 2.), preds.level_sizes)[:,0]         # (B, P) foreground
+    maps = to_locations(blur(property_scores(preds.property_logits), 3, 2.), preds.level_sizes, preds.level_strides)[:,0]         # (B, P) foreground
     z = method.prior.fc(preds.pooled).view(*preds.pooled.shape[:2], preds.n_classes, 2, 2)
     level = torch.repeat_interleave(torch.tensor([h*w for h,w in preds.level_sizes], device=preds.device))
     n, total, keep, outside = max(len(objects),1), preds.cls_logits.sum()*0, [], []
     for i,d in enumerate(dense_images(preds, objects)):
         prior = z[i][level][:,d.labels]                                                                       # (P, G, 2, 2)
-        centre = -.5*((d.offsets-prior[...,0,:])*(-prior[...,1,:].clamp(-5,5)).exp()).square().sum(-1)
+        centre = -.5*((d.offsets-prior[...,0,:])*(-3*torch.tanh(prior[...,1,:]/3)).exp()).square().sum(-1)
         confidence = .6*F.logsigmoid(d.own) - .4*5*(1-d.iou).clamp(min=1e-6)**.8
         log_s = (confidence + centre + maps[i][:,None].clamp(min=1e-6).log()).clamp(min=-100)
         with torch.no_grad():

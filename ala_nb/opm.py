@@ -70,7 +70,7 @@ class CenterPrior(nn.Module):
         elif pooled.shape[-1] != self.in_channels: raise InputError(f"pooled: {pooled.shape[-1]} channels, but in_channels={self.in_channels}; build the method with the pyramid's channels")
         else: z = self.fc(pooled.to(self.fc.weight.dtype))
         z = z.view(*z.shape[:2], self.groups, 2, self.axes).expand(-1,-1,-1,-1,2)
-        return z[...,0,:], z[...,1,:].clamp(-5,5)            # σ within e^±5 strides
+        return z[...,0,:], 3*torch.tanh(z[...,1,:]/3)         # σ within e^±3 strides; a hard limit would have no slope to come back by
 
     def forward(self,
         pairs:Pairs,

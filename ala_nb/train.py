@@ -142,7 +142,7 @@ FOLDER = dict(backbone='resnet18', size=480, max_size=800, epochs=12, batch_size
               optimizer='sgd', lr=.005, weight_decay=1e-4, schedule='multistep', warmup=500, eval_every=1, ema=0.)
 
 # What papers give in pixels for images of 800 px, fitted to the three levels and the 10 - 96 px objects of `shapes`.
-SHAPES_METHODS = dict(fcos=dict(ranges=(24,48)), atss=dict(anchor_scale=4.), ciou_atss=dict(anchor_scale=4.))
+SHAPES_METHODS = dict(fcos=dict(ranges=(24,48)), atss=dict(anchor_scale=4.), ciou_atss=dict(anchor_scale=4.), ala=dict(blur_radius=0)) # 3 cells of 800 px are half a cell of 128
 
 def recipe(
     data:str='shapes', # 'shapes' or a folder

@@ -74,7 +74,9 @@ def test_without_the_extra_outputs(variant):
 def naive_working(m, preds, objects, progress):
     "The working reading by dense matrices and loops over images and objects."
     K, hard_loss, soft_loss, neg, prop = preds.n_classes, 0., 0., 0., 0.
-    maps = to_locations(blur(property_scores(preds.property_logits)), preds.level_sizes)
+    smooth = blur(property_scores(preds.property_logits))                  # read where each location stands, by another way
+    at = preds.points/preds.points.new_tensor(smooth.shape[:1:-1])/preds.level_strides[0]*2-1
+    maps = torch.nn.functional.grid_sample(smooth, at.expand(len(smooth), 1, -1, -1), padding_mode='border', align_corners=False)[:, :, 0]
     mu, ls = m.prior.parameters_of(preds.pooled)
     level = torch.bucketize(torch.arange(preds.n_locations), torch.tensor(preds.level_starts[1:-1]), right=True)
     for i in range(preds.n_images):
@@ -106,11 +108,28 @@ def test_equals_the_dense_derivation(seed, n, progress):
     xy, wh = torch.rand(n, 2, generator=g)*80-5, torch.rand(n, 2, generator=g)**2*70+1
     targets = [(torch.cat([xy, xy+wh], 1).tolist(), torch.randint(0, 3, (n,), generator=g).tolist()), ([[5., 5, 40, 40]], [1])]
     leaves, preds, objects = batch(targets, seed=seed)
-    m = build('ala', 3, in_channels=16).double(); torch.nn.init.normal_(m.prior.fc.weight, std=.1)
+    m = build('ala', 3, in_channels=16, centre_gradient=True).double(); torch.nn.init.normal_(m.prior.fc.weight, std=.1)
     out, ref = m(preds, objects, progress), naive_working(m, preds, objects, progress)
     for k in ref: assert torch.allclose(out.losses[k], torch.as_tensor(ref[k], dtype=torch.float64), rtol=1e-8, atol=1e-10), k
-    for a, b in zip(torch.autograd.grad(out.total, leaves, allow_unused=True), torch.autograd.grad(sum(ref.values()), leaves, allow_unused=True)):
-        assert (a is None or not a.any()) if b is None else torch.allclose(a, b, rtol=1e-6, atol=1e-9)
+    slopes = lambda total: torch.autograd.grad(total, leaves, allow_unused=True)
+    moved = slopes(out.total)
+    for a, b in zip(moved, slopes(sum(ref.values()))): assert (a is None or not a.any()) if b is None else torch.allclose(a, b, rtol=1e-6, atol=1e-9)
+    m.centre_gradient = False; still = m(preds, objects, progress)             # the default: the same, but the pooled features feel nothing
+    for a, b, x in zip(slopes(still.total), moved, leaves): assert a is None if x is preds.pooled or b is None else torch.equal(a, b)
+    assert still.losses.keys() == ref.keys() and all(torch.equal(still.losses[k], out.losses[k]) for k in ref)
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from((0., .5)), st.integers(0, 99))
+def test_maps_are_read_bilinearly(h, w, offset, seed):
+    "At every location of every level, borders replicated, whatever the sizes."
+    maps = torch.rand(2, 3, h, w, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    sizes, strides = [(-(-h//2**k), -(-w//2**k)) for k in range(4)], (8, 16, 32, 64)
+    got = to_locations(maps, sizes, strides, offset).split([a*b for a, b in sizes], 2)
+    for (m, n), s, v in zip(sizes, strides, got):
+        y, x = torch.meshgrid(*((torch.arange(k).double()+offset)*s/8-offset for k in (m, n)), indexing='ij')    # in cells, 0 the first's centre
+        at = torch.stack([(x+.5)/w, (y+.5)/h], -1)*2-1
+        want = torch.nn.functional.grid_sample(maps, at.expand(2, -1, -1, -1), padding_mode='border', align_corners=False)
+        torch.testing.assert_close(v, want.flatten(2), rtol=1e-9, atol=1e-9)
 
 def test_autocast_computes_in_float32():
     _, preds, objects = batch(TARGETS, dtype=torch.float32)
