@@ -359,7 +359,7 @@ def dense_poto(method, preds, objects):
 def dense_ala(method, preds, objects, progress=.5):
     "ALA, working form with its default options."
     maps = to_locations(blur(property_scores(preds.property_logits), 3, 2.), preds.level_sizes, preds.level_strides)[:,0]         # (B, P) foreground
-    z = method.prior.fc(preds.pooled).view(*preds.pooled.shape[:2], preds.n_classes, 2, 2)
+    z = method.prior.fc(preds.pooled.detach()).view(*preds.pooled.shape[:2], preds.n_classes, 2, 2)        # the layer learns, the features do not move
     level = torch.repeat_interleave(torch.tensor([h*w for h,w in preds.level_sizes], device=preds.device))
     n, total, keep, outside = max(len(objects),1), preds.cls_logits.sum()*0, [], []
     for i,d in enumerate(dense_images(preds, objects)):
