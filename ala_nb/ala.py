@@ -15,7 +15,7 @@ from .geometry import InputError, distance_iou, distance_giou, centerness
 from .pairs import Predictions, Objects, Pairs, inside_pairs
 from .losses import ClassTable, joint_negative, focal_negative, log_not_joint, normalizer
 from .methods import Method, HeadSpec, Assignment, choice
-from .ipb import property_scores, blur, to_locations
+from .ipb import gaussian_taps, property_scores, blur, to_locations
 from .opm import LOC_READINGS, CenterPrior, log_loc_likelihood, log_confidence
 from .ps3 import select_samples, soft_label
 
@@ -68,6 +68,7 @@ class ALA(Method):
         coupling = coupling or ('softmax' if variant=='working' else 'double_sigmoid'); loc = loc or ('exp' if variant=='working' else 'printed')
         choice('loc', loc, LOC_READINGS); choice('coupling', coupling, ('softmax','sigmoid','double_sigmoid'))
         if set(losses) - set('HSN'): raise InputError(f"losses: {losses!r}; give letters of 'HSN' (hard, soft, negative)")
+        gaussian_taps(blur_radius, blur_variance)                 # refuses a blur that does not exist
         third = dict(impobj='objectness', centerness='centerness').get(property)
         super().__init__(num_classes, HeadSpec(cls_prior=.01, third=third, property_branch=property=='ipb', pooled=centre in ('predicted','shared'), box_activation='exp'))
         self.prior = CenterPrior(num_classes, centre, in_channels)

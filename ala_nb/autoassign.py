@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn, Tensor
 from .geometry import InputError, distance_iou, distance_giou
-from .pairs import Predictions, Objects, Pairs, inside_pairs
+from .pairs import chunk_size, Predictions, Objects, Pairs, inside_pairs
 from .losses import ClassTable, focal_positive, focal_negative, normalizer
 from .methods import Method, HeadSpec, Assignment, choice
 
@@ -260,11 +260,11 @@ class AutoAssign(Method):
     ):
         choice('variant', variant, ('released','paper')); choice('centre', centre, ('category','shared','fixed','none'))
         choice('confidence', confidence, ('joint','cls','loc','none')); choice('objectness', objectness, ('implicit','explicit','none'))
-        if not (tau > 0 and (chunk is None or chunk >= 1)): raise InputError(f"tau: {tau}, chunk: {chunk}; both must be positive")
+        if not tau > 0: raise InputError(f"tau: {tau} does not work; give a number above 0")
         third = None if objectness == 'none' else 'objectness'
         super().__init__(num_classes, HeadSpec(offset=0., cls_prior=.02, box_bias=4., box_activation='relu', third=third))
         self.variant, self.centre, self.confidence, self.objectness = variant, centre, confidence, objectness
-        self.negative_weighting, self.other_objects, self.chunk = negative_weighting, other_objects, chunk and int(chunk)
+        self.negative_weighting, self.other_objects, self.chunk = negative_weighting, other_objects, chunk_size(chunk)
         self.reg_weight, self.tau, self.neg_weight, self.centre_weight = reg_weight, tau, neg_weight, centre_weight
         self.pos_weight = pos_weight if pos_weight is not None else .25 if variant == 'released' else 1.
         learned = centre in ('category','shared')

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .geometry import InputError, distance_overlap
-from .pairs import Predictions, Objects, Pairs, inside_pairs, center_pairs, nearest_pairs
+from .pairs import chunk_size, Predictions, Objects, Pairs, inside_pairs, center_pairs, nearest_pairs
 from .losses import ClassTable, joint_score, log_joint, log_not_joint, normalizer
 from .methods import Method, HeadSpec, Assignment, choice
 
@@ -302,7 +302,7 @@ class DW(Method):
         self.mu_below = (None if self.paper else 3.) if mu_below is None else check('mu_below', mu_below, 0, 80)
         self.gamma1, self.gamma2 = check('gamma1', gamma1, 1e-3, 80), check('gamma2', gamma2, 0, 80)
         self.coupled = weighting in ('gfl','vfl','tood','musu')
-        self.chunk = None if chunk is None else int(check('chunk', chunk, 1, 2**62))
+        self.chunk = chunk_size(chunk)
 
     def dual(self, score, iou, giou_loss, prior, pairs):
         "w_pos and P_neg, each (E,)."

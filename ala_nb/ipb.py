@@ -29,7 +29,9 @@ def gaussian_taps(
     variance:float=2., # paper's σ², cells²
     device=None,
 )->Tensor: # (2·radius+1,) float64, sums to 1
-    "One side of the separable Gaussian of Eq. 5."
+    "One side of the separable Gaussian of Eq. 5; `InputError` unless the radius is a whole number from 0 and the variance above 0."
+    if not (isinstance(radius, int) and radius >= 0 and 0 < variance < float('inf')):
+        raise InputError(f'blur_radius: {radius!r}, blur_variance: {variance!r}; give a whole number of cells from 0 and a variance above 0')
     t = torch.arange(-radius, radius+1, dtype=torch.float64, device=device)
     w = (-t*t/(2*variance)).exp()
     return w/w.sum()
