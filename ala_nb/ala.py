@@ -78,48 +78,6 @@ class ALA(Method):
                         centre_gradient=variant=='paper' if centre_gradient is None else bool(centre_gradient)).items(): setattr(self, k, v)
         self.nms, self.score_power = not one_to_one, .5 if property=='centerness' else 1.
 
-    # ---- what the property branch (or what stands in for it) says
-    def maps(self, preds)->Tensor:
-        "Blurred foreground and background at every location, (B, 2, P) 0 ... 1, or None."
-        if self.property == 'impobj' and preds.obj_logits is not None: return torch.stack([preds.obj_logits.sigmoid(), (-preds.obj_logits).sigmoid()], 1)
-        if self.property != 'ipb' or preds.property_logits is None: return None
-        p = property_scores(preds.property_logits.to(preds.dtype), self.coupling)
-        return to_locations(blur(p, self.blur_radius, self.blur_variance), preds.level_sizes, preds.level_strides, preds.offset)
-
-    def quality(self, preds, pairs, cls_logits, distances, maps)->Tensor:
-        "log S⁺ of every pair (Eqs. 3 – 7)."
-        log_s = torch.zeros_like(cls_logits)
-        if self.parts != 'weight':
-            overlap = (distance_giou if self.loc=='exp_giou' else distance_iou)(distances, pairs.targets)
-            log_s = log_s + log_confidence(cls_logits, log_loc_likelihood(overlap, self.alpha, self.loc, self.lam), self.beta, self.confidence)
-        if self.parts != 'confidence':
-            pooled = preds.pooled if preds.pooled is None or self.centre_gradient else preds.pooled.detach()
-            log_s = log_s + self.prior(pairs, pooled)
-            if maps is not None: log_s = log_s + maps[:,0].reshape(-1).index_select(0, pairs.cell).clamp(min=1e-6).log()
-        return log_s.clamp(min=-100)
-
-    def select(self, pairs, quality, progress):
-        "Hard and soft sets and ξ, without gradient."
-        hard, soft, _ = select_samples(pairs, quality, self.threshold, self.width)
-        if self.one_to_one: hard, soft = pairs.topk(quality, 1), torch.zeros_like(soft)
-        return hard, soft, soft_label(pairs, quality, progress, self.xi)
-
-    def assign(self, preds, objects, progress):
-        pairs = inside_pairs(preds, objects)
-        table, distances, maps = ClassTable(preds, pairs), pairs.distances(preds), self.maps(preds)
-        log_s = self.quality(preds, pairs, table.logits, distances, maps)
-        with torch.no_grad(): hard, soft, xi = self.select(pairs, log_s.exp(), progress)
-        n = normalizer(torch.tensor(float(len(objects)), device=preds.device, dtype=preds.dtype))
-        form = self._working if self.variant=='working' else self._paper
-        losses = form(preds, pairs, table, maps, log_s, hard, soft, xi, n)
-        if self.property == 'centerness':
-            ctr, h = centerness(pairs.targets), hard.to(log_s)
-            bce = F.binary_cross_entropy_with_logits(pairs.third(preds), ctr, reduction='none')
-            losses['loss_centerness'] = mean_over_set(pairs, bce, h)/n
-        w = dict(pos=positive_degree(hard, soft, xi), hard=hard.to(xi), soft=soft.to(xi), quality=log_s.detach().exp())
-        if maps is not None: w['foreground'] = maps[:,0].detach().reshape(-1)[pairs.cell]
-        return Assignment(losses, pairs, w)
-
     def location_scores(self, preds):
         if self.property in ('impobj','centerness'): return super().location_scores(preds)
         if self.score_gamma == 0: return None
@@ -127,6 +85,53 @@ class ALA(Method):
         return None if maps is None else maps[:,0]**self.score_gamma
 
 # %% ../nbs/14_ala.ipynb #c015
+@patch
+def maps(self:ALA, preds)->Tensor:
+    "Blurred foreground and background at every location, (B, 2, P) 0 ... 1, or None."
+    if self.property == 'impobj' and preds.obj_logits is not None: return torch.stack([preds.obj_logits.sigmoid(), (-preds.obj_logits).sigmoid()], 1)
+    if self.property != 'ipb' or preds.property_logits is None: return None
+    p = property_scores(preds.property_logits.to(preds.dtype), self.coupling)
+    return to_locations(blur(p, self.blur_radius, self.blur_variance), preds.level_sizes, preds.level_strides, preds.offset)
+
+@patch
+def quality(self:ALA, preds, pairs, cls_logits, distances, maps)->Tensor:
+    "log S⁺ of every pair (Eqs. 3 – 7)."
+    log_s = torch.zeros_like(cls_logits)
+    if self.parts != 'weight':
+        overlap = (distance_giou if self.loc=='exp_giou' else distance_iou)(distances, pairs.targets)
+        log_s = log_s + log_confidence(cls_logits, log_loc_likelihood(overlap, self.alpha, self.loc, self.lam), self.beta, self.confidence)
+    if self.parts != 'confidence':
+        pooled = preds.pooled if preds.pooled is None or self.centre_gradient else preds.pooled.detach()
+        log_s = log_s + self.prior(pairs, pooled)
+        if maps is not None: log_s = log_s + maps[:,0].reshape(-1).index_select(0, pairs.cell).clamp(min=1e-6).log()
+    return log_s.clamp(min=-100)
+
+@patch
+def select(self:ALA, pairs, quality, progress):
+    "Hard and soft sets and ξ, without gradient."
+    hard, soft, _ = select_samples(pairs, quality, self.threshold, self.width)
+    if self.one_to_one: hard, soft = pairs.topk(quality, 1), torch.zeros_like(soft)
+    return hard, soft, soft_label(pairs, quality, progress, self.xi)
+
+# %% ../nbs/14_ala.ipynb #c017
+@patch
+def assign(self:ALA, preds, objects, progress):
+    pairs = inside_pairs(preds, objects)
+    table, distances, maps = ClassTable(preds, pairs), pairs.distances(preds), self.maps(preds)
+    log_s = self.quality(preds, pairs, table.logits, distances, maps)
+    with torch.no_grad(): hard, soft, xi = self.select(pairs, log_s.exp(), progress)
+    n = normalizer(torch.tensor(float(len(objects)), device=preds.device, dtype=preds.dtype))
+    form = self._working if self.variant=='working' else self._paper
+    losses = form(preds, pairs, table, maps, log_s, hard, soft, xi, n)
+    if self.property == 'centerness':
+        ctr, h = centerness(pairs.targets), hard.to(log_s)
+        bce = F.binary_cross_entropy_with_logits(pairs.third(preds), ctr, reduction='none')
+        losses['loss_centerness'] = mean_over_set(pairs, bce, h)/n
+    w = dict(pos=positive_degree(hard, soft, xi), hard=hard.to(xi), soft=soft.to(xi), quality=log_s.detach().exp())
+    if maps is not None: w['foreground'] = maps[:,0].detach().reshape(-1)[pairs.cell]
+    return Assignment(losses, pairs, w)
+
+# %% ../nbs/14_ala.ipynb #c019
 @patch
 def _working(self:ALA, preds, pairs, table, maps, log_s, hard, soft, xi, n):
     h, s, zero = hard.to(log_s), soft.to(log_s), log_s.sum()*0
@@ -154,7 +159,7 @@ def _background(self:ALA, preds, pairs):
     x = logits[:,0]-logits[:,1] if self.coupling=='softmax' else logits[:,0]      # softmax of two is a sigmoid of the difference
     return .75*(focal_negative(x)*outside).sum()
 
-# %% ../nbs/14_ala.ipynb #c017
+# %% ../nbs/14_ala.ipynb #c021
 @patch
 def _paper(self:ALA, preds, pairs, table, maps, log_s, hard, soft, xi, n):
     h, s, zero = hard.to(log_s), soft.to(log_s), log_s.sum()*0

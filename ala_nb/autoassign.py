@@ -10,6 +10,7 @@ __all__ = ['FAR', 'EPS', 'center_prior', 'localisation_confidence', 'positive_we
 import math
 import torch
 from torch import nn, Tensor
+from fastcore.basics import patch
 from .geometry import InputError, distance_iou, distance_giou
 from .pairs import chunk_size, Predictions, Objects, Pairs, inside_pairs
 from .losses import ClassTable, focal_positive, focal_negative, normalizer
@@ -122,7 +123,7 @@ def _bag_sums(pairs, x):
     return torch.segment_reduce(x, 'sum', lengths=pairs.lengths.expand(len(x), -1).contiguous(), axis=1, unsafe=True)
 
 class _Bags:
-    "Values, weights and gradients of all bags; see `positive` and `negative`."
+    "Values, weights and gradients of all bags."
     def __init__(self, rule, preds, cls, obj, planes, mu, sigma, learned, grad):
         self.rule, self.preds, self.cls, self.learned, self.grad = rule, preds, cls, learned, grad
         self.mu, self.inv_sigma = mu.t(), 1/sigma.t()                     # (2, N)
@@ -150,53 +151,44 @@ class _Bags:
         torch.mul(slope, not_c, out=self.g_cls[i,at])
         if self.obj is not None: self.g_obj[i].scatter_add_(0, cell, not_o.mul_(slope))
 
-    def positive(self, on, at, sub):
-        rule, cell, k = self.rule, sub.cell, 1/self.rule.tau
-        place = cell + sub.image*(3*self.preds.n_locations)
-        pred, target = self.preds.points.new_empty(4, len(sub)), sub.targets.t()
-        for x,out in zip(self.sides, pred): torch.index_select(x, 0, place, out=out)
-        iou, fill, parts = _overlap(pred, target)
-        self.known.scatter_reduce_(0, cell, iou, 'amax')
-        s_c, not_c, s_o, not_o = self.scores(at, cell)
-        q, loc = s_c if s_o is None else s_o.mul_(s_c), (iou+fill).sub_(2).mul_(rule.reg_weight).exp_()
-        p = q*loc
-        z = (target[:2]-target[2:]).mul_(.5/sub.stride)                   # (2, e)
-        for i in (0,1): z[i].sub_(sub.spread(self.mu[i,on])).mul_(sub.spread(self.inv_sigma[i,on]))
-        prior = (z[0]*z[0]).addcmul_(z[1], z[1]).mul_(-.5).clamp_(min=FAR).exp_()
-        conf = dict(joint=p, cls=q, loc=loc).get(rule.confidence)
-        e = torch.ones_like(p) if conf is None else (conf*k).exp_()
-        if rule.centre != 'none': e.mul_(prior)
-        total, mean, self.prior[on] = _bag_sums(sub, torch.stack([e, e*p, prior]))
-        mean = mean/total.clamp(min=EPS); ok = mean > self.tiny
-        self.pos = self.pos - torch.where(ok, mean.clamp(min=self.tiny).log(), -100.).sum()
-        torch.mul(e, sub.spread(1/total.clamp(min=EPS)), out=self.w_pos[at])
-        if not self.grad: return
-        u = e.copy_(self.w_pos[at]).mul_(sub.spread(torch.where(ok, -1/mean.clamp(min=self.tiny), 0.)))
-        b = (p - sub.spread(mean*(total > EPS))).mul_(u)                  # ∂/∂log e
-        like = u.mul_(p)                                                  # ∂/∂log P as a likelihood ...
-        weigh = None if conf is None else (b*k).mul_(conf)                # ... and as a weight
-        by_q = like if rule.confidence in ('loc','none') else like + weigh
-        by_loc = like if rule.confidence in ('cls','none') else by_q if rule.confidence == 'joint' else like + weigh
-        self.keep(0, at, cell, by_q, not_c, not_o)
-        for x,g in zip(self.g_sides, _giou_slopes(by_loc*rule.reg_weight, pred, target, iou, fill, parts)): x.scatter_add_(0, place, g)
-        if self.learned:                                                  # rows of g_slopes: positive ∂μ, ∂σ, prior's ∂μ, ∂σ
-            rows = z.new_empty(4,2,len(sub))
-            torch.mul(z, b, out=rows[0]); torch.mul(rows[0], z, out=rows[1])
-            torch.mul(z, prior, out=rows[2]); torch.mul(rows[2], z, out=rows[3])
-            self.g_slopes[:,on] = (_bag_sums(sub, rows.view(8,-1)).view(4,2,-1)*self.inv_sigma[:,on]).view(8,-1)
+# %% ../nbs/08_autoassign.ipynb #c030
+@patch
+def positive(self:_Bags, on, at, sub):
+    rule, cell, k = self.rule, sub.cell, 1/self.rule.tau
+    place = cell + sub.image*(3*self.preds.n_locations)
+    pred, target = self.preds.points.new_empty(4, len(sub)), sub.targets.t()
+    for x,out in zip(self.sides, pred): torch.index_select(x, 0, place, out=out)
+    iou, fill, parts = _overlap(pred, target)
+    self.known.scatter_reduce_(0, cell, iou, 'amax')
+    s_c, not_c, s_o, not_o = self.scores(at, cell)
+    q, loc = s_c if s_o is None else s_o.mul_(s_c), (iou+fill).sub_(2).mul_(rule.reg_weight).exp_()
+    p = q*loc
+    z = (target[:2]-target[2:]).mul_(.5/sub.stride)                   # (2, e)
+    for i in (0,1): z[i].sub_(sub.spread(self.mu[i,on])).mul_(sub.spread(self.inv_sigma[i,on]))
+    prior = (z[0]*z[0]).addcmul_(z[1], z[1]).mul_(-.5).clamp_(min=FAR).exp_()
+    conf = dict(joint=p, cls=q, loc=loc).get(rule.confidence)
+    e = torch.ones_like(p) if conf is None else (conf*k).exp_()
+    if rule.centre != 'none': e.mul_(prior)
+    total, mean, self.prior[on] = _bag_sums(sub, torch.stack([e, e*p, prior]))
+    mean = mean/total.clamp(min=EPS); ok = mean > self.tiny
+    self.pos = self.pos - torch.where(ok, mean.clamp(min=self.tiny).log(), -100.).sum()
+    torch.mul(e, sub.spread(1/total.clamp(min=EPS)), out=self.w_pos[at])
+    if not self.grad: return
+    u = e.copy_(self.w_pos[at]).mul_(sub.spread(torch.where(ok, -1/mean.clamp(min=self.tiny), 0.)))
+    b = (p - sub.spread(mean*(total > EPS))).mul_(u)                  # ∂/∂log e
+    like = u.mul_(p)                                                  # ∂/∂log P as a likelihood ...
+    weigh = None if conf is None else (b*k).mul_(conf)                # ... and as a weight
+    by_q = like if rule.confidence in ('loc','none') else like + weigh
+    by_loc = like if rule.confidence in ('cls','none') else by_q if rule.confidence == 'joint' else like + weigh
+    self.keep(0, at, cell, by_q, not_c, not_o)
+    for x,g in zip(self.g_sides, _giou_slopes(by_loc*rule.reg_weight, pred, target, iou, fill, parts)): x.scatter_add_(0, place, g)
+    if self.learned:                                                  # rows of g_slopes: positive ∂μ, ∂σ, prior's ∂μ, ∂σ
+        rows = z.new_empty(4,2,len(sub))
+        torch.mul(z, b, out=rows[0]); torch.mul(rows[0], z, out=rows[1])
+        torch.mul(z, prior, out=rows[2]); torch.mul(rows[2], z, out=rows[3])
+        self.g_slopes[:,on] = (_bag_sums(sub, rows.view(8,-1)).view(4,2,-1)*self.inv_sigma[:,on]).view(8,-1)
 
-    def negative(self, on, at, sub, last):
-        cell, counts = sub.cell, last[at].to(self.cls.dtype)
-        w = negative_weights(sub, self.known.index_select(0, cell))
-        self.w_neg[at] = w
-        s_c, not_c, s_o, not_o = self.scores(at, cell)
-        q, rest = (s_c, not_c) if s_o is None else (s_o.mul_(s_c), s_c.mul_(not_o).add_(not_c))
-        rest = rest.clamp(min=torch.finfo(q.dtype).tiny)                  # 1-q
-        f, slope = _focal(q, rest)
-        fw, slope_w = _printed(q, rest, w) if self.rule.variant == 'paper' else _focal(w*q, torch.addcmul(rest, 1-w, q))
-        self.neg = self.neg + fw.sub_(f).mul_(counts).sum()
-        if self.grad: self.keep(1, at, cell, slope_w.sub_(slope).mul_(counts), not_c, not_o)
-
+# %% ../nbs/08_autoassign.ipynb #c032
 def _focal(q, rest):
     "-q²·log(1-q) and its slope in log q; `rest` is 1-q."
     log, q2 = rest.log(), q*q
@@ -208,7 +200,20 @@ def _printed(q, rest, w):
     slope = q*(2*(1-w*rest)*w*-log.clamp(min=-100) + (1-w*rest)**2/rest*(log > -100))
     return (1-w*rest)**2*-log.clamp(min=-100), slope
 
-# %% ../nbs/08_autoassign.ipynb #c030
+@patch
+def negative(self:_Bags, on, at, sub, last):
+    cell, counts = sub.cell, last[at].to(self.cls.dtype)
+    w = negative_weights(sub, self.known.index_select(0, cell))
+    self.w_neg[at] = w
+    s_c, not_c, s_o, not_o = self.scores(at, cell)
+    q, rest = (s_c, not_c) if s_o is None else (s_o.mul_(s_c), s_c.mul_(not_o).add_(not_c))
+    rest = rest.clamp(min=torch.finfo(q.dtype).tiny)                  # 1-q
+    f, slope = _focal(q, rest)
+    fw, slope_w = _printed(q, rest, w) if self.rule.variant == 'paper' else _focal(w*q, torch.addcmul(rest, 1-w, q))
+    self.neg = self.neg + fw.sub_(f).mul_(counts).sum()
+    if self.grad: self.keep(1, at, cell, slope_w.sub_(slope).mul_(counts), not_c, not_o)
+
+# %% ../nbs/08_autoassign.ipynb #c034
 class _BagSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rule, preds, pairs, cls, obj, planes, mu, sigma):
@@ -239,7 +244,7 @@ def _scaled(*terms):
         if a is not None: out = x*a if out is None else out.add_(x*a)
     return out
 
-# %% ../nbs/08_autoassign.ipynb #c031
+# %% ../nbs/08_autoassign.ipynb #c035
 class AutoAssign(Method):
     "AutoAssign: all locations in a box, weighted by a learned centre prior and the predictions' confidence."
     def __init__(self,
@@ -293,7 +298,7 @@ class AutoAssign(Method):
         if self.objectness == 'explicit': losses['loss_obj'] = explicit_objectness(preds.obj_logits, pairs)
         return Assignment(losses, pairs, dict(pos=w_pos, neg=w_neg))
 
-# %% ../nbs/08_autoassign.ipynb #c032
+# %% ../nbs/08_autoassign.ipynb #c036
 def centre_loss(
     prior:Tensor, # (N,) centre prior summed over each object's bag
     objects:Objects,

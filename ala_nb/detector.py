@@ -18,6 +18,7 @@ from typing import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+from fastcore.basics import patch
 from torchvision import models
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, batched_nms
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
@@ -613,30 +614,6 @@ class Detector(nn.Module):
         batch, sizes = batch_images(images, self.mean, self.std, self._config['pad_to'], self._config['channels_last'])
         return self.head(self.pyramid(self.body(batch))), sizes
 
-    def assign(self,
-        images:Sequence[Tensor], targets:Sequence[dict],
-        progress:float=0., # share of training done, 0 ... 1
-    ): # Assignment (losses, pairs, weights), Predictions
-        "What the method makes of a batch, in either mode; for training and for pictures of assignments."
-        objects = check_targets(targets, len(images), self.num_classes)
-        preds, _ = self.predict_maps(images)
-        return self.method(preds, objects.to(preds.points), progress), preds
-
-    def detect(self,
-        images:Sequence[Tensor], # (3, H, W) each, 0 ... 1
-        nms:bool=None,           # None: as configured
-        **options,               # score_threshold, nms_threshold, topk, max_detections in place of the configured ones
-    )->list: # a dict an image: boxes, labels, scores
-        "Detections in the coordinates of the given images; pictures of one padded size share a batch."
-        c, out, groups = self._config, [None]*len(images), {}
-        for o in options: choice('option of detect', o, INFERENCE)
-        options = {k: options.get(k, c[k]) for k in INFERENCE}
-        for i,size in enumerate(check_images(images)): groups.setdefault(padded(size, c['pad_to']), []).append(i)
-        for group in groups.values():
-            preds, sizes = self.predict_maps([images[i] for i in group])
-            for i,d in zip(group, detections(preds, sizes, self.method, c['nms'] if nms is None else nms, **options)): out[i] = d
-        return out
-
     def forward(self,
         images:Sequence[Tensor],      # (3, H, W) each, 0 ... 1
         targets:Sequence[dict]=None,  # training: 'boxes' (G, 4) xyxy px, 'labels' (G,) 0 ... K-1
@@ -652,7 +629,34 @@ class Detector(nn.Module):
         for m in (self.body, self.pyramid): m.compile(**options)
         return self
 
-# %% ../nbs/05_detector.ipynb #c078
+# %% ../nbs/05_detector.ipynb #c068
+@patch
+def assign(self:Detector,
+    images:Sequence[Tensor], targets:Sequence[dict],
+    progress:float=0., # share of training done, 0 ... 1
+): # Assignment (losses, pairs, weights), Predictions
+    "What the method makes of a batch, in either mode; for training and for pictures of assignments."
+    objects = check_targets(targets, len(images), self.num_classes)
+    preds, _ = self.predict_maps(images)
+    return self.method(preds, objects.to(preds.points), progress), preds
+
+@patch
+def detect(self:Detector,
+    images:Sequence[Tensor], # (3, H, W) each, 0 ... 1
+    nms:bool=None,           # None: as configured
+    **options,               # score_threshold, nms_threshold, topk, max_detections in place of the configured ones
+)->list: # a dict an image: boxes, labels, scores
+    "Detections in the coordinates of the given images; pictures of one padded size share a batch."
+    c, out, groups = self._config, [None]*len(images), {}
+    for o in options: choice('option of detect', o, INFERENCE)
+    options = {k: options.get(k, c[k]) for k in INFERENCE}
+    for i,size in enumerate(check_images(images)): groups.setdefault(padded(size, c['pad_to']), []).append(i)
+    for group in groups.values():
+        preds, sizes = self.predict_maps([images[i] for i in group])
+        for i,d in zip(group, detections(preds, sizes, self.method, c['nms'] if nms is None else nms, **options)): out[i] = d
+    return out
+
+# %% ../nbs/05_detector.ipynb #c080
 def save_weights(
     model:Detector,
     path, # .safetensors
@@ -678,7 +682,7 @@ def _umask():
     mask = os.umask(0); os.umask(mask)
     return mask
 
-# %% ../nbs/05_detector.ipynb #c079
+# %% ../nbs/05_detector.ipynb #c081
 def read_config(
     source, # a run's folder, its config.json, or a .safetensors file of `save_weights`
 ): # the detector's configuration, and the class names or None

@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from fastcore.basics import patch
 from .geometry import InputError, distance_overlap
 from .pairs import chunk_size, Predictions, Objects, Pairs, inside_pairs, center_pairs, nearest_pairs
 from .losses import ClassTable, joint_score, log_joint, log_not_joint, normalizer
@@ -304,54 +305,63 @@ class DW(Method):
         self.coupled = weighting in ('gfl','vfl','tood','musu')
         self.chunk = chunk_size(chunk)
 
-    def dual(self, score, iou, giou_loss, prior, pairs):
-        "w_pos and P_neg, each (E,)."
-        t = consistency(score, iou, self.beta) if self.paper and self.weighting=='dw' else (-self.beta*giou_loss).exp_().mul_(score)
-        if self.weighting=='autoassign': return autoassign_weights(t, iou, prior, pairs)
-        p_neg = neg_probability(iou, self.gamma1) if self.paper else stretched_neg_probability(iou, pairs, self.gamma1)
-        return pos_weight(t, prior, pairs, self.mu, self.mu_below), p_neg
 
-    @torch.no_grad()
-    def weigh(self, score, iou, giou_loss, prior, pairs):
-        "w_pos, w_neg, w_reg and P_neg (None if coupled), each (E,): all constants."
-        if not self.coupled:
-            pos, p_neg = self.dual(score, iou, giou_loss, prior, pairs)
-            return pos, neg_weight(p_neg, score, pos, self.negative, self.gamma2), pos, p_neg
-        t = iou if self.weighting in ('gfl','vfl') else aligned_target(score, iou, pairs, self.beta)
-        pos, neg = coupled_weights(self.weighting, score, t)
-        trust = 1. if prior is None else prior
-        return pos*trust, neg, (pos if self.paper else t)*trust, None
 
-    def divisors(self, preds, objects, kept, box_weight, p_neg):
-        "As released: of the positive and the negative terms."
-        if self.coupled: return (normalizer(box_weight.sum()),)*2
-        return normalizer(preds.points.new_full((), float(len(objects)))), normalizer(((1-p_neg)*kept).sum())
+# %% ../nbs/09_dw.ipynb #c050
+@patch
+def dual(self:DW, score, iou, giou_loss, prior, pairs):
+    "w_pos and P_neg, each (E,)."
+    t = consistency(score, iou, self.beta) if self.paper and self.weighting=='dw' else (-self.beta*giou_loss).exp_().mul_(score)
+    if self.weighting=='autoassign': return autoassign_weights(t, iou, prior, pairs)
+    p_neg = neg_probability(iou, self.gamma1) if self.paper else stretched_neg_probability(iou, pairs, self.gamma1)
+    return pos_weight(t, prior, pairs, self.mu, self.mu_below), p_neg
 
-    def released_terms(self, cls, obj, pos, neg, p_neg, kept):
-        "Σ w_pos·-ln s, and what the bags change of the dense Σ s²·-ln(1-s)."
-        carries = not self.coupled and self.negative in ('both','importance')       # s^γ2 carries gradient
-        share = kept if self.negative=='importance' else None if self.coupled else p_neg*kept
-        if carries and self.gamma2==2:
-            yes, _, change = class_terms(cls, obj, pos, focal=share-kept)
-            return yes, change
-        yes, no, without = class_terms(cls, obj, pos, None if carries else neg*kept, -kept)
-        if carries: no = class_terms(cls, obj, focal=share, gamma=self.gamma2)[2]
-        return yes, no + without
+@patch
+@torch.no_grad()
+def weigh(self:DW, score, iou, giou_loss, prior, pairs):
+    "w_pos, w_neg, w_reg and P_neg (None if coupled), each (E,): all constants."
+    if not self.coupled:
+        pos, p_neg = self.dual(score, iou, giou_loss, prior, pairs)
+        return pos, neg_weight(p_neg, score, pos, self.negative, self.gamma2), pos, p_neg
+    t = iou if self.weighting in ('gfl','vfl') else aligned_target(score, iou, pairs, self.beta)
+    pos, neg = coupled_weights(self.weighting, score, t)
+    trust = 1. if prior is None else prior
+    return pos*trust, neg, (pos if self.paper else t)*trust, None
 
-    def assign(self, preds, objects, progress):
-        pairs = candidates(preds, objects, *self.bag)
-        table, obj = ClassTable(preds, pairs), pairs.third(preds)
-        box, iou, pos, neg, box_weight, p_neg = _WeighBags.apply(preds.distance_planes, self, preds, pairs, table.logits.detach(), obj.detach())
-        kept = pairs.last_of_class().to(pos)          # one pair a (location, class): in a bag, or whose P_neg stands
-        if self.paper:
-            yes, no, inside = class_terms(table.logits, obj, pos, neg, kept)
-            outside = table.negatives(preds.obj_logits, .75) - .75*inside
-            losses = dict(loss_cls_pos=yes, loss_cls_neg=no, loss_cls_out=outside, loss_reg=self.beta*box)
-        else:
-            n_pos, n_neg = self.divisors(preds, objects, kept, box_weight, p_neg)
-            cls_scale, box_scale = (1., 2.) if self.coupled else (.25, .25*self.beta)
-            yes, change = self.released_terms(table.logits, obj, pos, neg, p_neg, kept)
-            losses = dict(loss_pos=cls_scale*yes/n_pos, loss_loc=box_scale*box/n_pos,
-                          loss_neg=table.negatives(preds.obj_logits, 1/n_neg) + change/n_neg)
-        weights = dict(pos=pos, neg=neg if self.paper else neg*kept, quality=iou)
-        return Assignment(losses, pairs, weights if p_neg is None else weights | dict(p_neg=p_neg))
+# %% ../nbs/09_dw.ipynb #c052
+@patch
+def divisors(self:DW, preds, objects, kept, box_weight, p_neg):
+    "As released: of the positive and the negative terms."
+    if self.coupled: return (normalizer(box_weight.sum()),)*2
+    return normalizer(preds.points.new_full((), float(len(objects)))), normalizer(((1-p_neg)*kept).sum())
+
+@patch
+def released_terms(self:DW, cls, obj, pos, neg, p_neg, kept):
+    "Σ w_pos·-ln s, and what the bags change of the dense Σ s²·-ln(1-s)."
+    carries = not self.coupled and self.negative in ('both','importance')       # s^γ2 carries gradient
+    share = kept if self.negative=='importance' else None if self.coupled else p_neg*kept
+    if carries and self.gamma2==2:
+        yes, _, change = class_terms(cls, obj, pos, focal=share-kept)
+        return yes, change
+    yes, no, without = class_terms(cls, obj, pos, None if carries else neg*kept, -kept)
+    if carries: no = class_terms(cls, obj, focal=share, gamma=self.gamma2)[2]
+    return yes, no + without
+
+@patch
+def assign(self:DW, preds, objects, progress):
+    pairs = candidates(preds, objects, *self.bag)
+    table, obj = ClassTable(preds, pairs), pairs.third(preds)
+    box, iou, pos, neg, box_weight, p_neg = _WeighBags.apply(preds.distance_planes, self, preds, pairs, table.logits.detach(), obj.detach())
+    kept = pairs.last_of_class().to(pos)          # one pair a (location, class): in a bag, or whose P_neg stands
+    if self.paper:
+        yes, no, inside = class_terms(table.logits, obj, pos, neg, kept)
+        outside = table.negatives(preds.obj_logits, .75) - .75*inside
+        losses = dict(loss_cls_pos=yes, loss_cls_neg=no, loss_cls_out=outside, loss_reg=self.beta*box)
+    else:
+        n_pos, n_neg = self.divisors(preds, objects, kept, box_weight, p_neg)
+        cls_scale, box_scale = (1., 2.) if self.coupled else (.25, .25*self.beta)
+        yes, change = self.released_terms(table.logits, obj, pos, neg, p_neg, kept)
+        losses = dict(loss_pos=cls_scale*yes/n_pos, loss_loc=box_scale*box/n_pos,
+                      loss_neg=table.negatives(preds.obj_logits, 1/n_neg) + change/n_neg)
+    weights = dict(pos=pos, neg=neg if self.paper else neg*kept, quality=iou)
+    return Assignment(losses, pairs, weights if p_neg is None else weights | dict(p_neg=p_neg))

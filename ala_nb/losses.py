@@ -106,7 +106,7 @@ def normalizer(
 # %% ../nbs/02_losses.ipynb #c023
 class _Buffers:
     "Scratch tensors reused from block to block."
-    def __init__(self, like:Tensor, n:int): self.all, self.zero, self.views = like.new_empty(4, n), like.new_zeros(()), {}
+    def __init__(self, like:Tensor, n:int): self.all, self.views, self.zero, self.minus_half = like.new_empty(4, n), {}, like.new_zeros(()), like.new_tensor(-.5)
     def __call__(self, x):
         if x.shape not in self.views: self.views[x.shape] = [b[:x.numel()].view(x.shape) for b in self.all]
         return self.views[x.shape]
@@ -120,9 +120,8 @@ def _fast_block(x, minus_o, scale, buf, grad):
     torch.addcmul(buf.zero, Q, Q, value=-2*scale, out=A)                  # -2q² in one pass
     if grad is None: return (U.mul_(A)).sum()/2, None
     value = torch.mul(U, A, out=grad).sum()/2                             # the gradient's memory serves as scratch first
-    if minus_o is None:                                                   # dF/dc = -2q²((1-q)log(1-q) - q/2)
-        torch.add(Q, 1, out=S)
-        torch.mul(U.mul_(S).add_(Q, alpha=.5), A, out=grad)
+    if minus_o is None:                                                   # dF/dc = -2q²((1-q)log(1-q) - q/2), the bracket in one pass
+        torch.mul(torch.lerp(U, buf.minus_half, S, out=U), A, out=grad)
         return value, None
     torch.add(Q, 1, out=grad)
     torch.addcdiv(U, Q, grad, value=.5, out=U).mul_(A)                    # q·dF/dq
@@ -149,7 +148,7 @@ def _exact_block(x, obj, scale, buf, grad):
 
 # %% ../nbs/02_losses.ipynb #c025
 SATURATED = 7.   # logit; σ(7) = 0.9991
-BLOCK = 1 << 18  # logits a block: 1 MB of float32, so that the buffers stay in the cache
+BLOCK = 1 << 18  # logits a block and thread of a CPU: 1 MB of float32, so that the buffers stay in the cache
 
 def _slices(shape, size):
     "Cut the first two dimensions of a contiguous (B, R, C) block into contiguous pieces of about `size` numbers."
@@ -183,12 +182,12 @@ def dense_negative(
     obj_logits:Tensor=None, # (B, P), None: the class alone
     scale:float=1.,         # factor on value and gradients
     need_grad:bool=True,
-    block:int=None,         # logits a block, default `BLOCK`
+    block:int=None,         # logits a block, default `BLOCK` a thread (GPU: 2²³)
 ): # value 0-dim; gradients of `preds.cls_blocks` (list) and of `obj_logits` (B, P), or None
     "Sum of q²·-log(1-q) over all locations and classes, with its gradients, in one pass."
     first = preds.cls_blocks[0]
     on_cpu = first.device.type == 'cpu' and not torch.compiler.is_compiling()   # compiled, the exact form is one graph, and fast
-    block = block or (BLOCK if on_cpu else 1 << 23)
+    block = block or (BLOCK*torch.get_num_threads() if on_cpu else 1 << 23)
     total = torch.zeros((), dtype=torch.float64 if on_cpu else first.dtype, device=first.device)
     minus_o = None if obj_logits is None else obj_logits.sigmoid().neg_()
     obj_high = obj_logits is None or (on_cpu and obj_logits.numel() and obj_logits.amax().item() > SATURATED)

@@ -10,6 +10,7 @@ __all__ = ['Objects', 'Predictions', 'np_cumsum', 'Pairs', 'chunk_size', 'column
 import functools
 from typing import Sequence
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from .geometry import InputError, grid_points, boxes_to_distances
 
@@ -157,18 +158,6 @@ class Predictions:
         "(B, 4, P) contiguous px: what pairs are gathered from."
         with torch.enable_grad(): return self._planes if self._distances is None else self._distances.transpose(1,2).contiguous()
 
-    def full_precision(self):
-        "The same predictions with half and bfloat16 tensors as float32 (float64 stays); grids of the logits' dtype."
-        out = Predictions.__new__(Predictions); out.__dict__.update(self.__dict__)
-        out.__dict__.pop('distance_planes', None)
-        out.cls_blocks = [_full(b) for b in self.cls_blocks]
-        out._cls = None if self._cls is None else out.cls_blocks[0]
-        out.obj_logits, out.property_logits, out.pooled = map(_full, (self.obj_logits, self.property_logits, self.pooled))
-        if self._distances is None or '_planes' in self.__dict__: out._planes, out._distances = _full(self._planes), None
-        else: out._distances = _full(self._distances)
-        out.points, out.strides = self.points.to(out.dtype), self.strides.to(out.dtype)
-        return out
-
     def __repr__(self): return f'Predictions({self.n_images} images, {self.n_locations} locations, {self.n_classes} classes)'
 
 # %% ../nbs/01_pairs.ipynb #c010
@@ -182,6 +171,20 @@ def np_cumsum(counts)->list:
 def _cached_grid(sizes, strides, offset, device, dtype): return grid_points(sizes, strides, offset, device, dtype)
 
 # %% ../nbs/01_pairs.ipynb #c014
+@patch
+def full_precision(self:Predictions):
+    "The same predictions with half and bfloat16 tensors as float32 (float64 stays); grids of the logits' dtype."
+    out = Predictions.__new__(Predictions); out.__dict__.update(self.__dict__)
+    out.__dict__.pop('distance_planes', None)
+    out.cls_blocks = [_full(b) for b in self.cls_blocks]
+    out._cls = out.cls_blocks[0] if len(out.cls_blocks) == 1 and not out.class_first[0] else None   # a flat block is the table itself; of maps it is made when asked
+    out.obj_logits, out.property_logits, out.pooled = map(_full, (self.obj_logits, self.property_logits, self.pooled))
+    if self._distances is None or '_planes' in self.__dict__: out._planes, out._distances = _full(self._planes), None
+    else: out._distances = _full(self._distances)
+    out.points, out.strides = self.points.to(out.dtype), self.strides.to(out.dtype)
+    return out
+
+# %% ../nbs/01_pairs.ipynb #c017
 class Pairs:
     "E candidate (location, object) pairs of a batch, sorted by object."
     def __init__(self,
@@ -261,10 +264,7 @@ class Pairs:
             level_starts=self.level_starts, n_locations=self.n_locations, _level_counts=None, _per_level=None)
         return out
 
-# %% ../nbs/01_pairs.ipynb #c016
-from fastcore.basics import patch
-
-# %% ../nbs/01_pairs.ipynb #c017
+# %% ../nbs/01_pairs.ipynb #c019
 def chunk_size(
     chunk, # the option: pairs at a time, or None for the default of `Pairs.chunks`
 ): # int or None
@@ -294,7 +294,7 @@ def chunks(self:Pairs,
         yield slice(i,j), slice(a,b), part
         i, a = j, b
 
-# %% ../nbs/01_pairs.ipynb #c019
+# %% ../nbs/01_pairs.ipynb #c021
 def columns_between(
     lo:Tensor,     # (..., N, L) px, open lower bound
     hi:Tensor,     # (..., N, L) px, open upper bound
@@ -310,7 +310,7 @@ def columns_between(
     first = first.clamp(min=0).minimum(n.to(lo)); last = last.minimum(n.to(lo)-1)
     return first.long(), (last-first+1).clamp(min=0).long()
 
-# %% ../nbs/01_pairs.ipynb #c022
+# %% ../nbs/01_pairs.ipynb #c024
 def rectangle_pairs(
     preds:Predictions, # whose grid
     objects:Objects,
@@ -339,7 +339,7 @@ def rectangle_pairs(
     obj = spread(torch.arange(len(objects), device=dev), lengths, n_pairs)
     return Pairs(loc, obj, lengths, preds, objects, counts, per_level)
 
-# %% ../nbs/01_pairs.ipynb #c023
+# %% ../nbs/01_pairs.ipynb #c025
 def inside_pairs(
     preds:Predictions, objects:Objects,
 )->Pairs:
@@ -348,7 +348,7 @@ def inside_pairs(
     b = objects.boxes[:,None].expand(-1, len(preds.level_sizes), -1)
     return rectangle_pairs(preds, objects, b[...,:2], b[...,2:])
 
-# %% ../nbs/01_pairs.ipynb #c027
+# %% ../nbs/01_pairs.ipynb #c029
 def center_pairs(
     preds:Predictions, objects:Objects,
     radius:float=1.5, # half side of the square around the centre, in strides of the level
@@ -363,7 +363,7 @@ def center_pairs(
     if clip: lo, hi = torch.maximum(lo, b[...,:2]), torch.minimum(hi, b[...,2:])
     return rectangle_pairs(preds, objects, lo, hi)
 
-# %% ../nbs/01_pairs.ipynb #c030
+# %% ../nbs/01_pairs.ipynb #c032
 def nearest_on_axis(
     centre:Tensor, # (..., N) px
     stride:Tensor, # (L,) px
@@ -398,7 +398,7 @@ def nearest_cells(
     d2 = (dx[...,a].square() + dy[...,b].square()).gather(-1, by_cell)
     return cell.gather(-1, d2.sort(dim=-1, stable=True)[1][...,:k])
 
-# %% ../nbs/01_pairs.ipynb #c032
+# %% ../nbs/01_pairs.ipynb #c034
 def nearest_pairs(
     preds:Predictions, objects:Objects,
     k:int=9, # locations a level
@@ -413,7 +413,7 @@ def nearest_pairs(
     counts = torch.tensor([per_level], device=dev).expand(n,-1)
     return Pairs(loc.reshape(-1), obj, counts.sum(1), preds, objects, counts, [n*m for m in per_level])
 
-# %% ../nbs/01_pairs.ipynb #c035
+# %% ../nbs/01_pairs.ipynb #c037
 @patch
 def spread(self:Pairs,
     per_object:Tensor, # (N, ...)
@@ -458,7 +458,7 @@ def min(self:Pairs, x:Tensor, empty:float=0.)->Tensor:
     "Smallest value (N,) of `x` (E,) in each object's bag; `empty` for an empty bag."
     return self._extreme(x, 'min', empty)
 
-# %% ../nbs/01_pairs.ipynb #c037
+# %% ../nbs/01_pairs.ipynb #c039
 @patch
 def mean(self:Pairs, x:Tensor)->Tensor:
     "Mean (N,) of `x` (E,) over each object's bag; 0 for an empty bag."
@@ -483,7 +483,7 @@ def softmax(self:Pairs, x:Tensor)->Tensor:
     e = (x - self.spread(self.max(x).detach())).exp()
     return e/self.spread(self.sum(e).clamp(min=torch.finfo(e.dtype).tiny))
 
-# %% ../nbs/01_pairs.ipynb #c039
+# %% ../nbs/01_pairs.ipynb #c041
 @patch
 def rank(self:Pairs, x:Tensor)->Tensor:
     "Rank (E,) int64 of each pair within its object's bag by `x` (E,), 0 the largest; ties to the pair that comes first."
@@ -499,7 +499,7 @@ def topk(self:Pairs, x:Tensor, k:int)->Tensor:
     "Mask (E,) of each object's `k` largest `x` (E,); all of a shorter bag."
     return self.rank(x) < k
 
-# %% ../nbs/01_pairs.ipynb #c044
+# %% ../nbs/01_pairs.ipynb #c046
 @patch
 def winners(self:Pairs,
     priority:Tensor, # (E,) the higher the better; -inf: not a contender
@@ -512,7 +512,7 @@ def winners(self:Pairs,
     first = self.obj.new_full((n,), none).scatter_reduce_(0, self.cell, torch.where(wins, self.obj, none), 'amin')
     return wins & (first.index_select(0, self.cell) == self.obj)
 
-# %% ../nbs/01_pairs.ipynb #c047
+# %% ../nbs/01_pairs.ipynb #c049
 @patch
 def _class_slots(self:Pairs):
     "Numbers for (image, class, location): (N,) the first of each object's group, how many there are, and (N,) which objects have no companion."
@@ -552,7 +552,7 @@ def best_of_class(self:Pairs,
     first = self.obj.new_full((n,), none).scatter_reduce_(0, slot, torch.where(value==best.index_select(0, slot), self.obj, none), 'amin')
     return (first.index_select(0, slot) == self.obj) | self.spread(alone)
 
-# %% ../nbs/01_pairs.ipynb #c050
+# %% ../nbs/01_pairs.ipynb #c052
 class _GatherPlanes(torch.autograd.Function):
     "(B, C, P) -> (C, E): row c holds plane c at every pair's cell."
     @staticmethod
