@@ -14,7 +14,7 @@ from torch import Tensor
 from .geometry import InputError, distance_iou, distance_giou, centerness
 from .pairs import Predictions, Objects, Pairs, inside_pairs
 from .losses import ClassTable, joint_negative, focal_negative, log_not_joint, normalizer
-from .methods import Method, HeadSpec, Assignment, choice
+from .methods import Method, HeadSpec, Assignment, choice, in_range
 from .ipb import gaussian_taps, property_scores, blur, to_locations
 from .opm import LOC_READINGS, CenterPrior, log_loc_likelihood, log_confidence
 from .ps3 import select_samples, soft_label
@@ -53,27 +53,34 @@ class ALA(Method):
         parts:str='both',         # Table III: 'both', 'confidence' or 'weight'
         confidence_parts:str='both', # Table IV: 'both', 'cls' or 'loc'
         centre:str='predicted',   # Table VII: 'predicted', 'shared', 'fixed'; 'none' (Table VI without C)
+        isotropic:bool=False,     # one μ and σ for both axes
         blur_radius:int=3, blur_variance:float=2., # γ, σ² of G; radius 0: no blur (Table VI without G)
         threshold='statistics',   # 'statistics', a number (Table IX) or None (Table VIII, no PS³)
         width:float=1.,           # thresholds at mean ± width · std
         xi=None,                  # fixed soft label (Table X); None: Eq. 10
+        at_least_one:bool=None,   # the best pair of every object is hard; None: working yes, paper (Alg. 1 as printed) no
         losses:str='HSN',         # which of the losses of hard (H), soft (S) and negative (N) samples, inside and outside the boxes (Table XI)
         one_to_one:bool=False,    # Sec. IV-D: the best pair of the hard set is the only positive, no NMS
-        background_weight:float=.3, # weight of the property branch outside all boxes (working)
+        negatives:str='class',    # what a negative costs (working): 'class' FL(P_cls, 0), 'joint' FL(P_cls·P_F, 0), 'weight' M⁻·FL(P_cls, 0) with M⁻ a constant
+        inner:str='full',         # negatives inside the boxes (working): at 'full' weight, or the 'mean' over each object's set
+        background_weight:float=.3, # weight of the property branch outside all boxes (working, negatives='class')
         score_gamma:float=0.,     # score = P(cls) · P_F^gamma
         centre_gradient:bool=None, # μ's and σ's layer also moves the features that it pools; None: no working, yes paper
     ):
         choice('variant', variant, ('working','paper')); choice('property', property, ('ipb','impobj','centerness','none'))
-        choice('parts', parts, ('both','confidence','weight')); choice('confidence_parts', confidence_parts, ('both','cls','loc')); choice('confidence', confidence, ('mul','add'))
+        choice('parts', parts, ('both','confidence','weight')); choice('confidence_parts', confidence_parts, ('both','cls','loc')); choice('confidence', confidence, ('mul','add')); choice('negatives', negatives, ('class','joint','weight')); choice('inner', inner, ('full','mean'))
+        for name,x,low,high in (('alpha',alpha,0,10), ('beta',beta,0,1), ('lam',lam,0,100), ('width',width,0,100), ('background_weight',background_weight,0,100), ('score_gamma',score_gamma,0,10)): in_range(name, x, low, high)
+        if xi is not None: in_range('xi', xi, 0, 1)
+        if threshold not in ('statistics', None): in_range('threshold', threshold, 0, 1, "'statistics', None or a number")
         coupling = coupling or ('softmax' if variant=='working' else 'double_sigmoid'); loc = loc or ('exp' if variant=='working' else 'printed')
         choice('loc', loc, LOC_READINGS); choice('coupling', coupling, ('softmax','sigmoid','double_sigmoid'))
-        if set(losses) - set('HSN'): raise InputError(f"losses: {losses!r}; give letters of 'HSN' (hard, soft, negative)")
+        if not losses or set(losses) - set('HSN'): raise InputError(f"losses: {losses!r}; give letters of 'HSN' (hard, soft, negative)")
         gaussian_taps(blur_radius, blur_variance)                 # refuses a blur that does not exist
         third = dict(impobj='objectness', centerness='centerness').get(property)
         super().__init__(num_classes, HeadSpec(cls_prior=.01, third=third, property_branch=property=='ipb', pooled=centre in ('predicted','shared'), box_activation='exp'))
-        self.prior = CenterPrior(num_classes, centre, in_channels)
+        self.prior = CenterPrior(num_classes, centre, in_channels, isotropic)
         for k,v in dict(variant=variant, property=property, coupling=coupling, alpha=alpha, beta=dict(cls=1.,loc=0.).get(confidence_parts,beta), confidence=confidence, loc=loc, lam=lam, parts=parts,
-                        blur_radius=blur_radius, blur_variance=blur_variance, threshold=threshold, width=width, xi=xi, use=losses, one_to_one=one_to_one,
+                        blur_radius=blur_radius, blur_variance=blur_variance, threshold=threshold, width=width, xi=xi, use=losses, one_to_one=one_to_one, negatives=negatives, inner=inner, at_least_one=variant=='working' if at_least_one is None else bool(at_least_one),
                         background_weight=background_weight, score_gamma=score_gamma,
                         centre_gradient=variant=='paper' if centre_gradient is None else bool(centre_gradient)).items(): setattr(self, k, v)
         self.nms, self.score_power = not one_to_one, .5 if property=='centerness' else 1.
@@ -109,7 +116,7 @@ def quality(self:ALA, preds, pairs, cls_logits, distances, maps)->Tensor:
 @patch
 def select(self:ALA, pairs, quality, progress):
     "Hard and soft sets and ξ, without gradient."
-    hard, soft, _ = select_samples(pairs, quality, self.threshold, self.width)
+    hard, soft, _ = select_samples(pairs, quality, self.threshold, self.width, self.at_least_one)
     if self.one_to_one: hard, soft = pairs.topk(quality, 1), torch.zeros_like(soft)
     return hard, soft, soft_label(pairs, quality, progress, self.xi)
 
@@ -127,7 +134,8 @@ def assign(self:ALA, preds, objects, progress):
         ctr, h = centerness(pairs.targets), hard.to(log_s)
         bce = F.binary_cross_entropy_with_logits(pairs.third(preds), ctr, reduction='none')
         losses['loss_centerness'] = mean_over_set(pairs, bce, h)/n
-    w = dict(pos=positive_degree(hard, soft, xi), hard=hard.to(xi), soft=soft.to(xi), quality=log_s.detach().exp())
+    pos = positive_degree(hard, soft, xi)
+    w = dict(pos=pos, neg=1-pos, hard=hard.to(xi), soft=soft.to(xi), quality=log_s.detach().exp())
     if maps is not None: w['foreground'] = maps[:,0].detach().reshape(-1)[pairs.cell]
     return Assignment(losses, pairs, w)
 
@@ -136,18 +144,31 @@ def assign(self:ALA, preds, objects, progress):
 def _working(self:ALA, preds, pairs, table, maps, log_s, hard, soft, xi, n):
     h, s, zero = hard.to(log_s), soft.to(log_s), log_s.sum()*0
     losses = dict(loss_hard=mean_over_set(pairs, -log_s, h)/n if 'H' in self.use else zero, loss_soft=mean_over_set(pairs, -xi*log_s, s)/n if 'S' in self.use else zero)
-    joint = preds.obj_logits if self.property=='impobj' else None
-    at = None if joint is None else pairs.third(preds)
-    cost = joint_negative(table.logits, at)
-    if 'N' in self.use:
+    everywhere, cost = self._costs(preds, pairs, table, maps, .75/n)
+    unsure = (mean_over_set(pairs, (1-xi)*cost, s) if self.inner=='mean' else (s*(1-xi)*cost).sum()) if 'S' in self.use else zero     # what Eq. 9 says of soft ones
+    if 'N' not in self.use: losses['loss_neg'] = .75*unsure/n
+    elif self.inner == 'mean':
+        once = pairs.best_of_class(torch.zeros_like(cost))        # outside: everywhere, less each (location, class) that some object holds
+        losses['loss_neg'] = everywhere() + .75*(mean_over_set(pairs, cost, 1-h-s) + unsure - (once*cost).sum())/n
+    else:
         # each location and class is negative to the degree to which no object of that class wants it there; a set whose loss is off says nothing
         silent = 1. - ((h if 'H' in self.use else 0) + (s if 'S' in self.use else 0) + (1-h-s))
         keep_out = torch.maximum(positive_degree(hard, soft, xi), torch.as_tensor(silent, device=cost.device).expand_as(cost).to(cost))
         keep_out = keep_out*pairs.best_of_class(keep_out)
-        losses['loss_neg'] = table.negatives(joint, .75/n) - .75*(keep_out*cost).sum()/n
-    else: losses['loss_neg'] = .75*(s*(1-xi)*cost).sum()/n if 'S' in self.use else zero          # what Eq. 9 says of soft ones
-    if self.property == 'ipb' and preds.property_logits is not None: losses['loss_property'] = self.background_weight*self._background(preds, pairs)/n
+        losses['loss_neg'] = everywhere() - .75*(keep_out*cost).sum()/n
+    if self.negatives == 'class' and self.property == 'ipb' and preds.property_logits is not None: losses['loss_property'] = self.background_weight*self._background(preds, pairs)/n
     return losses
+
+@patch
+def _costs(self:ALA, preds, pairs, table, maps, scale):
+    "What a negative costs: scale · its sum over all locations and classes (a function), and each pair's own (E,)."
+    joint = preds.obj_logits if self.property == 'impobj' else None
+    if self.negatives == 'joint' and maps is not None: joint = maps[:,0].clamp(1e-6, 1-1e-6).logit()
+    cost = joint_negative(table.logits, None if joint is None else joint.reshape(-1).index_select(0, pairs.cell))
+    if self.negatives != 'weight' or maps is None: return lambda: table.negatives(joint, scale), cost
+    trust = maps[:,1].detach()                                    # a weight for each location is not in the fused term: dense, slow, for experiments
+    everywhere = lambda: scale*(trust[...,None]*joint_negative(preds.cls_logits, None if joint is None else joint[...,None])).sum()
+    return everywhere, cost*trust.reshape(-1).index_select(0, pairs.cell)
 
 @patch
 def _background(self:ALA, preds, pairs):
@@ -168,9 +189,12 @@ def _paper(self:ALA, preds, pairs, table, maps, log_s, hard, soft, xi, n):
     losses = dict(loss_hard=-(h*log_s).sum()/n if 'H' in self.use else zero, loss_soft=-(s*(xi*log_s+(1-xi)*log_not)).sum()/n if 'S' in self.use else zero)
     if 'N' not in self.use: return losses | dict(loss_neg=zero)
     inner = -.75*(low*p*p*log_not).sum()/n
-    # outside every box: S- = P(cls)·M-, all classes; M- enters the dense term as an objectness
-    minus = None if maps is None else maps[:,1].clamp(1e-6,1-1e-6).logit()
+    # outside every box: S- = P(cls)·M-, all classes; M- enters the dense term as an objectness. Table III keeps one of the two
+    minus = None if maps is None or self.parts == 'confidence' else maps[:,1].clamp(1e-6,1-1e-6).logit()
     at = None if minus is None else minus.reshape(-1).index_select(0, pairs.cell)
     mine = pairs.best_of_class(torch.zeros_like(log_s)).to(log_s)
-    losses['loss_neg'] = table.negatives(minus, .75/n) - .75*(mine*joint_negative(table.logits, at)).sum()/n + inner
+    if self.parts != 'weight': outside = table.negatives(minus, .75/n) - .75*(mine*joint_negative(table.logits, at)).sum()/n
+    elif minus is None: outside = zero
+    else: outside = .75*(self.num_classes*focal_negative(minus).sum() - (mine*focal_negative(at)).sum())/n
+    losses['loss_neg'] = outside + inner
     return losses

@@ -201,8 +201,8 @@ def _printed(q, rest, w):
     return (1-w*rest)**2*-log.clamp(min=-100), slope
 
 @patch
-def negative(self:_Bags, on, at, sub, last):
-    cell, counts = sub.cell, last[at].to(self.cls.dtype)
+def negative(self:_Bags, on, at, sub, kept):
+    cell, counts = sub.cell, kept[at].to(self.cls.dtype)
     w = negative_weights(sub, self.known.index_select(0, cell))
     self.w_neg[at] = w
     s_c, not_c, s_o, not_o = self.scores(at, cell)
@@ -223,8 +223,11 @@ class _BagSums(torch.autograd.Function):
         for chunk in pairs.chunks(rule.chunk): run.positive(*chunk)
         if rule.negative_weighting:
             if rule.other_objects: best_iou(preds, pairs.objects, run.known)
-            last = pairs.last_of_class()
-            for chunk in pairs.chunks(rule.chunk): run.negative(*chunk, last)
+            if rule.variant == 'paper':                                   # no order: of several objects of a class the smallest w⁻ stands
+                for _,at,sub in pairs.chunks(rule.chunk): run.w_neg[at] = negative_weights(sub, run.known.index_select(0, sub.cell))
+                kept = pairs.best_of_class(-run.w_neg)
+            else: kept = pairs.last_of_class()
+            for chunk in pairs.chunks(rule.chunk): run.negative(*chunk, kept)
         if run.grad: ctx.grads = run.g_cls, None if obj is None else run.g_obj.view(2, *obj.shape), run.g_planes, run.g_slopes.view(4,2,-1)
         ctx.mark_non_differentiable(run.w_pos, run.w_neg)
         return run.pos, run.neg, run.prior, run.w_pos, run.w_neg
@@ -285,8 +288,6 @@ class AutoAssign(Method):
         return _BagSums.apply(self, preds, pairs, cls, obj, preds.distance_planes, mu, sigma)
 
     def assign(self, preds, objects, progress):
-        if self.head.third and preds.obj_logits is None: raise InputError(
-            f"obj_logits: missing, but objectness={self.objectness!r} needs them; give obj_logits, or build with objectness='none'")
         obj = dict(implicit=preds.obj_logits, explicit=None if preds.obj_logits is None else preds.obj_logits.detach()).get(self.objectness)
         pairs = inside_pairs(preds, objects)
         table = ClassTable(preds, pairs)

@@ -660,7 +660,8 @@ class Case:
 
     def environment(self)->dict:
         "Variables of the process that measures it."
-        env = dict(OMP_NUM_THREADS=str(self.threads), MKL_NUM_THREADS=str(self.threads), OMP_WAIT_POLICY='PASSIVE')
+        env = dict(OMP_NUM_THREADS=str(self.threads), MKL_NUM_THREADS=str(self.threads))
+        if self.clock == 'cpu': env['OMP_WAIT_POLICY'] = 'PASSIVE'        # a thread that spins while it waits would count as work; by the wall, waking it up would
         return env | (dict(MALLOC_MMAP_THRESHOLD_=str(4 << 30), MALLOC_TRIM_THRESHOLD_=str(4 << 30)) if self.allocator=='raised' else {})
 
     def __str__(self):
@@ -760,13 +761,15 @@ def work(
     spec:dict, # task, case, arguments
 )->dict: # what the task returns, or {'error': why}
     "One task, described by what JSON can hold."
-    case = Case(**{**spec['case'], 'strides':tuple(spec['case']['strides'])})
+    case, before = Case(**{**spec['case'], 'strides':tuple(spec['case']['strides'])}), torch.get_num_threads()
+    torch.set_num_threads(case.threads)
     try: return TASKS[spec['task']](case, **spec.get('arguments', {}))
     except Unavailable as e: return dict(error=str(e))
     except (MemoryError, torch.OutOfMemoryError): return dict(error='out of memory')
     except RuntimeError as e:
         if 'allocate' not in str(e): raise
         return dict(error='out of memory')
+    finally: torch.set_num_threads(before)
 
 def isolated(spec:dict)->dict:
     "`work` in a fresh process with the case's environment."
@@ -781,7 +784,6 @@ def isolated(spec:dict)->dict:
 def worker():
     "Read a task, do it, print the result: the other side of `isolated`."
     spec = json.load(sys.stdin)
-    torch.set_num_threads(spec['case']['threads'])
     with contextlib.suppress(OSError): (_PROC/'self'/'oom_score_adj').write_text('800')   # if memory runs out, this process goes first
     with contextlib.redirect_stdout(sys.stderr): found = work(spec)
     print(json.dumps(found))

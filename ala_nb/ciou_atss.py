@@ -129,8 +129,6 @@ class ATSS(Method):
 
     def assign(self, preds, objects, progress):
         third = self.head.third
-        if third is not None and preds.obj_logits is None: raise InputError(
-            f"obj_logits: missing, but the third branch is {third!r}; give (B, P)")
         pairs = nearest_pairs(preds, objects, self.k)
         table, dist = ClassTable(preds, pairs), pairs.distances(preds)
         with torch.no_grad():

@@ -6,7 +6,7 @@
 __all__ = ['NORMS', 'RESNETS', 'BACKBONES', 'EXP_MAX', 'MEAN', 'STD', 'WHOLE', 'INFERENCE', 'group_norm', 'norm_layer', 'Body',
            'ResNetBody', 'TinyBody', 'TinyBlock', 'make_body', 'ExtraLevels', 'Pyramid', 'check_strides', 'prior_bias',
            'tower', 'init_normal', 'full', 'sample_planes', 'refine_distances', 'PropertyBranch', 'Head', 'padded',
-           'check_images', 'batch_images', 'check_targets', 'top_scores', 'detections', 'read_weights',
+           'check_images', 'batch_images', 'check_targets', 'top_scores', 'likely_scores', 'detections', 'read_weights',
            'imagenet_weights', 'take_weights', 'whole', 'fraction', 'settle', 'as_tuple', 'make_method',
            'method_config', 'Detector', 'save_weights', 'read_config', 'load_detector']
 
@@ -415,6 +415,30 @@ def top_scores(
         locs.append(a + (at%(b-a) if class_first else at//k))
     return torch.cat(scores,1), torch.cat(labels,1), torch.cat(locs,1)
 
+def likely_scores(
+    preds:Predictions,
+    method:Method,
+    topk:int,         # at most so many (location, class) a level and image
+    threshold:float,  # scores that do not exceed it are not wanted
+)->list: # for each image: scores, labels, locations, each (S,)
+    "What `top_scores` finds above a threshold, without a score for what cannot be."
+    starts, k = preds.level_starts, preds.n_classes
+    location = method.location_scores(preds)
+    least = math.log(p/(1-p)) - 1e-4 if 0 < (p := threshold**(1/method.score_power)) < 1 else -math.inf   # a little early: rounding decides below
+    flat = len(preds.cls_blocks) != len(preds.level_sizes)
+    out = []
+    for i in range(preds.n_images):
+        found = []
+        for l,(a,b) in enumerate(zip(starts, starts[1:])):
+            x = preds.cls_logits[i,a:b].reshape(-1) if flat else preds.cls_blocks[l][i].reshape(-1)
+            at = (x > least).nonzero().flatten()
+            label, cell = (at//(b-a), at%(b-a)) if not flat and preds.class_first[l] else (at%k, at//k)
+            s = method.combine(x[at].sigmoid(), None if location is None else location[i,a+cell])
+            keep = s.topk(topk)[1] if len(s) > topk else s > threshold
+            found.append((s[keep], label[keep], a+cell[keep]))
+        out.append([torch.cat(f) for f in zip(*found)])
+    return out
+
 def detections(
     preds:Predictions,
     sizes:Sequence,   # [(H, W), ...] px of the given images
@@ -428,14 +452,12 @@ def detections(
     "Detections of a batch."
     with torch.autocast(preds.device.type, enabled=False):
         preds = preds.full_precision()
-        scores, labels, locs = top_scores(preds, method, topk)
-    d = preds.distance_planes.gather(2, locs[:,None].expand(-1,4,-1)).transpose(1,2)
-    wh = preds.points.new_tensor([(w,h,w,h) for h,w in sizes])[:,None]
-    boxes = distances_to_boxes(preds.points[locs], d).clamp(min=0).minimum(wh)
-    good = (scores > score_threshold) & (boxes[...,2:] > boxes[...,:2]).all(-1)
+        found = likely_scores(preds, method, topk, score_threshold) if preds.device.type == 'cpu' else zip(*top_scores(preds, method, topk))
     out = []
-    for b,s,l,g in zip(boxes, scores, labels, good):
-        b, s, l = b[g], s[g], l[g]
+    for planes,(h,w),(s,l,at) in zip(preds.distance_planes, sizes, found):
+        good = s > score_threshold; s, l, at = s[good], l[good], at[good]
+        b = distances_to_boxes(preds.points[at], planes[:,at].t()).clamp(min=0).minimum(preds.points.new_tensor((w,h,w,h)))
+        good = (b[:,2:] > b[:,:2]).all(1); b, s, l = b[good], s[good], l[good]
         keep = batched_nms(b, s, l, nms_threshold) if (method.nms if nms is None else nms) else s.argsort(descending=True, stable=True)
         keep = keep[:max_detections]
         out.append(dict(boxes=b[keep], labels=l[keep], scores=s[keep]))

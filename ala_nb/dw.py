@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BAGS', 'NEGATIVES', 'WEIGHTINGS', 'consistency', 'pos_weight', 'read_bag', 'candidates', 'center_prior',
            'neg_probability', 'stretched_neg_probability', 'neg_weight', 'aligned_target', 'coupled_weights',
-           'autoassign_weights', 'pieces', 'overlaps', 'giou_slopes', 'class_terms', 'check', 'DW']
+           'autoassign_weights', 'pieces', 'overlaps', 'giou_slopes', 'class_terms', 'DW']
 
 # %% ../nbs/09_dw.ipynb #c002
 import math
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .geometry import InputError, distance_overlap
 from .pairs import chunk_size, Predictions, Objects, Pairs, inside_pairs, center_pairs, nearest_pairs
 from .losses import ClassTable, joint_score, log_joint, log_not_joint, normalizer
-from .methods import Method, HeadSpec, Assignment, choice
+from .methods import Method, HeadSpec, Assignment, choice, in_range
 
 # %% ../nbs/09_dw.ipynb #c006
 def consistency(
@@ -270,12 +270,6 @@ class _WeighBags(torch.autograd.Function):
 NEGATIVES = 'both', 'probability', 'importance', 'complement', 'none'      # Table 5
 WEIGHTINGS = 'dw', 'gfl', 'vfl', 'tood', 'musu', 'autoassign'              # Tables 1 and 6
 
-def check(name, x, low, high):
-    "`x` if it is a number from `low` to `high`."
-    if isinstance(x, bool) or not isinstance(x, (int,float)) or not low <= x <= high:
-        raise InputError(f'{name}: {x!r} does not work; give a number from {low:g} to {high:g}')
-    return float(x)
-
 class DW(Method):
     "Dual weighting: positive weights by consistency, negative weights by probability and importance."
     def __init__(self,
@@ -298,10 +292,10 @@ class DW(Method):
             raise InputError(f"negative: {negative!r} is an option of weighting='dw'; drop one of the two")
         super().__init__(num_classes, HeadSpec(cls_prior=.02, box_bias=4., box_activation='relu', third='objectness', refine=refine))
         self.paper, self.negative, self.weighting, self.bag = variant=='paper', negative, weighting, read_bag(bag)
-        self.sigma = check('sigma', (2**-.5 if self.paper else 1.11) if sigma is None else sigma, 1e-3, 1e3)
-        self.beta, self.mu = check('beta', beta, 0, 80), check('mu', mu, 0, 80)          # e^80 is still a float32
-        self.mu_below = (None if self.paper else 3.) if mu_below is None else check('mu_below', mu_below, 0, 80)
-        self.gamma1, self.gamma2 = check('gamma1', gamma1, 1e-3, 80), check('gamma2', gamma2, 0, 80)
+        self.sigma = in_range('sigma', (2**-.5 if self.paper else 1.11) if sigma is None else sigma, 1e-3, 1e3)
+        self.beta, self.mu = in_range('beta', beta, 0, 80), in_range('mu', mu, 0, 80)          # e^80 is still a float32
+        self.mu_below = (None if self.paper else 3.) if mu_below is None else in_range('mu_below', mu_below, 0, 80)
+        self.gamma1, self.gamma2 = in_range('gamma1', gamma1, 1e-3, 80), in_range('gamma2', gamma2, 0, 80)
         self.coupled = weighting in ('gfl','vfl','tood','musu')
         self.chunk = chunk_size(chunk)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .geometry import distance_iou, distance_giou, centerness, InputError
 from .pairs import Predictions, Objects, Pairs, center_pairs
 from .losses import ClassTable, joint_score, joint_positive, joint_negative, log_joint, log_not_joint, normalizer
-from .methods import Method, HeadSpec, Assignment, choice
+from .methods import Method, HeadSpec, Assignment, choice, in_range
 
 # %% ../nbs/10_o2f.ipynb #c005
 def matching_score(
@@ -43,10 +43,13 @@ def match_one_to_one(
         rows, cols = linear_sum_assignment(table, maximize=True)
         good = table[rows,cols] >= 0
         out |= dict(zip(rows[good]+a, cells[cols[good]]))
-        taken = np.zeros(len(points), bool); taken[cells[cols[good]]] = True
-        for n in sorted(set(range(a,b)) - out.keys())[:len(points)-int(good.sum())]:
-            far = np.square(points - (boxes[n,:2]+boxes[n,2:])/2).sum(1); far[taken] = np.inf
-            out[n] = far.argmin(); taken[out[n]] = True
+        left, free = np.array(sorted(set(range(a,b)) - out.keys())), np.setdiff1d(np.arange(len(points)), cells[cols[good]])
+        if len(left) and len(free):
+            far = np.square(points[free] - (boxes[left,None,:2]+boxes[left,None,2:])/2).sum(-1)      # (left, free)
+            if len(left) < len(free):                                        # no object ever needs more than its `len(left)` nearest
+                near = np.unique(far.argpartition(len(left)-1, 1)[:,:len(left)]); free, far = free[near], far[:,near]
+            rows, cols = linear_sum_assignment(far)
+            out |= dict(zip(left[rows], free[cols]))
     objs = sorted(out); dev = pairs.loc.device
     return torch.tensor([out[n] for n in objs], dtype=torch.int64, device=dev), torch.tensor(objs, dtype=torch.int64, device=dev)
 
@@ -92,7 +95,7 @@ def certain_and_ambiguous(
     "o2f's two sets: at most one certain location an object and k-1 ambiguous ones, no location twice."
     ranked = score.masked_fill(~eligible, -torch.inf)
     bag = pairs.topk(ranked, k) & eligible
-    mine = pairs.winners(ranked.masked_fill(~bag, -torch.inf))
+    mine = pairs.winners(ranked.masked_fill(~bag, -torch.inf), 8*torch.finfo(score.dtype).eps)   # two identical objects: kernels round the ends of a list otherwise, which must not decide
     certain = mine & pairs.topk(ranked.masked_fill(~mine, -torch.inf), 1)
     return certain, mine & ~certain
 
@@ -114,9 +117,9 @@ class OneToFew(Method):
     "o2f: one certain and a few ambiguous locations an object, soft labels that fade; no NMS."
     nms = False
     def __init__(self,
-        num_classes:int,           # K
+        num_classes:int,           # classes
         variant:str='released',    # or 'paper': 1 + K locations, unweighted sums
-        K:int=7,                   # ambiguous locations (released: all locations of an object)
+        K:int=7,                   # paper: ambiguous locations beside the certain one; released: all locations of an object, the certain one included
         t_max:float=.6, t_min:float=.2, # T^max, T^min
         t:float=None,              # a constant degree for every ambiguous location instead (Table 1)
         alpha:float=.8,            # α of the matching score
@@ -126,7 +129,9 @@ class OneToFew(Method):
         third_convs:int=3,         # extra convolutions of the objectness branch (Table 5)
     ):
         choice('variant', variant, ('released','paper')); choice('match', match, ('multiply','add'))
-        if K < 0: raise InputError(f"K: {K}; 0 or more ambiguous locations")
+        if isinstance(K, bool) or not isinstance(K, int) or K < 0: raise InputError(f"K: {K!r}; give a whole number of ambiguous locations from 0")
+        for name,x,high in (('t_max',t_max,1), ('t_min',t_min,1), ('alpha',alpha,1), ('radius',radius,1e3)): in_range(name, x, 0, high)
+        if t is not None: in_range('t', t, 0, 1)
         super().__init__(num_classes, HeadSpec(cls_prior=.01, box_activation='relu', third='objectness', third_convs=third_convs, third_channels=64))
         self.variant, self.k = variant, K+1 if variant=='paper' else max(K,1)
         self.t_max, self.t_min, self.t, self.alpha, self.match, self.radius = t_max, t_min, t, alpha, match, radius
@@ -156,4 +161,4 @@ class OneToFew(Method):
             ctr = centerness(pairs.targets)*chosen
             losses = dict(loss_cls=sure+soft+neg, loss_reg=2*(box*ctr).sum()/(normalizer(ctr.sum(), 0.)+1.1920929e-7))
         else: losses = dict(loss_certain=sure, loss_soft=soft, loss_neg=neg, loss_reg=box.sum())
-        return Assignment(losses, pairs, dict(pos=certain+t, certain=certain, ambiguous=ambiguous, t=t))
+        return Assignment(losses, pairs, dict(pos=certain+t, neg=1-certain-t, certain=certain, ambiguous=ambiguous, t=t))

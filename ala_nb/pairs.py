@@ -114,7 +114,7 @@ class Predictions:
             f"maps: {len(cls_maps)} class maps, {len(distance_maps)} distance maps and {len(strides)} strides; give one of each a level")
         sizes = [tuple(m.shape[2:]) for m in cls_maps]
         last = [not m.is_contiguous() and m.is_contiguous(memory_format=torch.channels_last) for m in cls_maps]
-        blocks = [m.permute(0,2,3,1).flatten(1,2) if c else m.flatten(2) for m,c in zip(cls_maps,last)]
+        blocks = [m.permute(0,2,3,1).flatten(1,2) if c else m.contiguous().flatten(2) for m,c in zip(cls_maps,last)]   # a slice of a map is neither: copied
         dtype = torch.float32 if cls_maps[0].dtype in (torch.float16,torch.bfloat16) else cls_maps[0].dtype
         points, per_point = _cached_grid(tuple(sizes), tuple(float(s) for s in strides), offset, cls_maps[0].device, dtype)
         self._set(blocks, [not c for c in last], sizes, list(strides), offset, points, per_point, property_logits, pooled)
@@ -503,11 +503,12 @@ def topk(self:Pairs, x:Tensor, k:int)->Tensor:
 @patch
 def winners(self:Pairs,
     priority:Tensor, # (E,) the higher the better; -inf: not a contender
+    slack:float=0.,  # priorities that differ by less than this share of the best are equal
 )->Tensor: # (E,) bool, at most one pair a location of an image
     "The pair with the highest priority at each location; ties to the object that comes first."
     priority, n = priority.detach(), self.objects.n_images*self.n_locations
     best = priority.new_full((n,), -torch.inf).scatter_reduce_(0, self.cell, priority, 'amax')
-    wins = (priority == best.index_select(0, self.cell)) & (priority > -torch.inf)
+    wins = (priority >= (best - slack*best.abs()).index_select(0, self.cell)) & (priority > -torch.inf)
     none = len(self.objects)
     first = self.obj.new_full((n,), none).scatter_reduce_(0, self.cell, torch.where(wins, self.obj, none), 'amin')
     return wins & (first.index_select(0, self.cell) == self.obj)

@@ -7,8 +7,8 @@ __all__ = ['PALETTE', 'CURVES', 'ALARM', 'Picture', 'panels', 'as_array', 'pixel
            'contrast', 'place_texts', 'px_per_point', 'draw_texts', 'draw_boxes', 'class_legend', 'confident',
            'operating_point', 'prediction_grid', 'nothing_to_show', 'read_rows', 'running_mean', 'draw_curve',
            'plain_log', 'curves', 'weight_scale', 'glow', 'draw_discs', 'object_number', 'bag', 'brief', 'steps_of',
-           'around', 'weight_rows', 'show_weights', 'draw_best', 'compare_methods', 'pick_objects', 'relative',
-           'show_assignment', 'level_maps', 'show_options', 'control', 'weights_widget']
+           'around', 'weight_rows', 'show_weights', 'draw_best', 'half_trained', 'compare_methods', 'pick_objects',
+           'relative', 'show_assignment', 'level_maps', 'show_options', 'control', 'weights_widget']
 
 # %% ../nbs/17_show.ipynb #c002
 import base64, csv, io, math
@@ -24,17 +24,18 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
-from .geometry import InputError
+from .geometry import InputError, centerness, level_sizes
+from .pairs import Objects, Predictions, inside_pairs
 
 # %% ../nbs/17_show.ipynb #c005
 class Picture(Figure):
-    "A figure outside pyplot's global state, which notebooks display by themselves: as PNG, or as JPEG where photographs make that large."
+    "A figure outside pyplot's global state, which notebooks display by themselves: as PNG, with 256 colours where photographs make that large."
     def _repr_mimebundle_(self, include=None, exclude=None):
-        kind, out = 'png', io.BytesIO(); self.savefig(out, format='png', dpi=self.dpi)
+        out = io.BytesIO(); self.savefig(out, format='png', dpi=self.dpi)
         if out.tell() > 40_000:
-            kind, png, out = 'jpeg', out, io.BytesIO()
-            Image.open(png).convert('RGB').save(out, 'jpeg', quality=75, subsampling=0, optimize=True)
-        return {f'image/{kind}': base64.b64encode(out.getvalue()).decode(), 'text/plain': repr(self)}
+            full, out = out, io.BytesIO()
+            Image.open(full).convert('RGB').quantize(256, Image.Quantize.MAXCOVERAGE).save(out, 'png', optimize=True)   # keeps the few pixels of the scale's colours
+        return {'image/png': base64.b64encode(out.getvalue()).decode(), 'text/plain': repr(self)}
 
 def panels(
     rows:int, columns:int,
@@ -455,7 +456,30 @@ def draw_best(row, out, preds, name, image, obj):
     ax.plot(*xy[i], '+', c='#56B4E9', ms=7, mew=1.5, scalex=False, scaley=False)
     ax.plot(np.clip([x1,x2,x2,x1,x1],-1e5,1e5), np.clip([y1,y1,y2,y2,y1],-1e5,1e5), ':', c='#56B4E9', lw=1.8, scalex=False, scaley=False)
 
-# %% ../nbs/17_show.ipynb #c053
+# %% ../nbs/17_show.ipynb #c050
+def half_trained(
+    images,      # (3, H, W) each: only their sizes count
+    targets,     # of the images: 'boxes' (G, 4) xyxy px, 'labels' (G,)
+    classes:int, # K
+    strides=(8,16,32,64), # px
+    seed:int=0,
+): # Predictions and Objects of the batch
+    "Predictions as after a while of training, for pictures without a network: near the middle of an object, on a level that suits it, score and box are good."
+    g = torch.Generator().manual_seed(seed); objects = Objects.from_targets(targets)
+    size = [max(x.shape[k] for x in images) for k in (1,2)]
+    maps = lambda c: [torch.zeros(len(images), c, *s) for s in level_sizes(*size, strides)]
+    grid = Predictions.from_maps(maps(classes), maps(4), strides=strides); pairs = inside_pairs(grid, objects)
+    logits = torch.randn(len(images), grid.n_locations, classes, generator=g)*.5-4
+    d = torch.rand(len(images), grid.n_locations, 4, generator=g)*grid.strides[:,None]*3
+    side = (objects.boxes[:,2:]-objects.boxes[:,:2]).amax(1)[pairs.obj]
+    suits = centerness(pairs.targets)*torch.exp(-(side/pairs.stride/5).log2()**2/2)     # best where the object is five strides long
+    by_side = side.sort(descending=True)[1]                                             # small objects last, over large ones
+    p = pairs; i, l, k = p.image[by_side], p.loc[by_side], p.labels[by_side]
+    noise = torch.randn(len(p), 4, generator=g)*(1.05-suits)[:,None]*.45
+    logits[i,l,k] += (6*suits + torch.randn(len(p), generator=g)*.4)[by_side]; d[i,l] = (p.targets*noise.exp())[by_side]
+    return Predictions(logits, d, grid.points, grid.strides, torch.zeros(len(images), grid.n_locations)), objects
+
+# %% ../nbs/17_show.ipynb #c055
 def compare_methods(
     outs:dict,      # name of a method -> its Assignment on the same batch
     image:int=0,    # of the batch
@@ -468,7 +492,7 @@ def compare_methods(
     if not outs: return nothing_to_show('no method')
     return weight_rows([(k, out, name) for k,out in outs.items()], image, obj, picture, margin, width, dpi)
 
-# %% ../nbs/17_show.ipynb #c057
+# %% ../nbs/17_show.ipynb #c059
 def pick_objects(boxes, n:int)->list: # indices, largest first
     "n of G boxes (G, 4), spread over their sizes; the largest and the smallest among them."
     b = as_array(boxes).reshape(-1,4)
@@ -485,7 +509,7 @@ def relative(
     top = max(w.max(initial=0), 1e-30); keep = (w > 0) & (w >= least*top)
     return xy[keep], level[keep], w[keep]/top
 
-# %% ../nbs/17_show.ipynb #c059
+# %% ../nbs/17_show.ipynb #c061
 def show_assignment(
     out,             # Assignment of a batch
     preds=None,      # Predictions; not needed, taken so that all pictures are called alike
@@ -519,7 +543,7 @@ def show_assignment(
     if marks: fig.legend(handles=marks, loc='outside lower center', ncols=len(marks), fontsize=8, frameon=False)
     return fig
 
-# %% ../nbs/17_show.ipynb #c064
+# %% ../nbs/17_show.ipynb #c066
 def level_maps(
     values,       # (P,) one value a location
     preds,        # Predictions, for the grid
@@ -552,7 +576,7 @@ def level_maps(
     bar.set_label(label, fontsize=8, parse_math=False)
     return fig
 
-# %% ../nbs/17_show.ipynb #c068
+# %% ../nbs/17_show.ipynb #c070
 def show_options(
     builder,        # called with the options, returns a method: `functools.partial(build, 'dw', 80)`, or a class
     preds, objects, # Predictions and Objects of a batch
@@ -566,7 +590,7 @@ def show_options(
     with torch.no_grad(): out = builder(**options).to(preds.device)(preds, objects, progress)
     return show_weights(out, preds, image, obj, names, picture)
 
-# %% ../nbs/17_show.ipynb #c071
+# %% ../nbs/17_show.ipynb #c073
 def control(value):
     "A slider from (low, high[, step[, start]]), a menu from a list, a box to tick from a bool; a widget as it is."
     import ipywidgets as w

@@ -72,7 +72,8 @@ def dense(preds, targets, mu, sigma, variant='released', centre='category', conf
                 m = inside[:, g]
                 if m.any():
                     f = 1/(1-best[m]).clamp(min=1e-12)
-                    w[m, lab[g]] = 1-(f-f.min()+1e-12)/(f.max()-f.min()+1e-12)
+                    own = 1-(f-f.min()+1e-12)/(f.max()-f.min()+1e-12)
+                    w[m, lab[g]] = torch.minimum(w[m, lab[g]], own) if variant == 'paper' else own    # of one class: the smallest, or the last
         if variant == 'paper':
             pt = w*(1-q_all)
             neg = neg - ((1-pt)**2*pt.clamp(min=math.exp(-100)).log()).sum()

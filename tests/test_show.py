@@ -1,5 +1,5 @@
 "Pictures: they render, show what they should, survive extremes, and leave no trace."
-import functools, io, subprocess, sys
+import base64, functools, io, subprocess, sys
 from pathlib import Path
 import matplotlib, numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -91,7 +91,9 @@ def test_notebook_shows_it():
     fig = show.panels(1, 1)[0]
     assert set(fig._repr_mimebundle_()) == {'image/png', 'text/plain'}
     ax = fig.axes[0]; ax.imshow(np.random.rand(200, 200, 3))
-    assert set(fig._repr_mimebundle_()) == {'image/jpeg', 'text/plain'}   # a photograph
+    full = io.BytesIO(); fig.savefig(full, format='png', dpi=fig.dpi)
+    photo = fig._repr_mimebundle_()                                        # 256 colours
+    assert set(photo) == {'image/png', 'text/plain'} and len(base64.b64decode(photo['image/png'])) < full.tell()/2
 
 
 # ---- images and boxes
