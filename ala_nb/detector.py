@@ -430,12 +430,17 @@ def likely_scores(
     for i in range(preds.n_images):
         found = []
         for l,(a,b) in enumerate(zip(starts, starts[1:])):
-            x = preds.cls_logits[i,a:b].reshape(-1) if flat else preds.cls_blocks[l][i].reshape(-1)
-            at = (x > least).nonzero().flatten()
-            label, cell = (at//(b-a), at%(b-a)) if not flat and preds.class_first[l] else (at%k, at//k)
-            s = method.combine(x[at].sigmoid(), None if location is None else location[i,a+cell])
-            keep = s.topk(topk)[1] if len(s) > topk else s > threshold
-            found.append((s[keep], label[keep], a+cell[keep]))
+            class_first, x = not flat and preds.class_first[l], preds.cls_logits[i,a:b] if flat else preds.cls_blocks[l][i]
+            place = lambda at: (at//(b-a), at%(b-a)) if class_first else (at%k, at//k)     # label and cell
+            here, likely = None if location is None else location[i,a:b], x > least
+            if 8*int(likely.sum()) > x.numel():                                            # an untrained network: gathering would cost more
+                s, at = method.combine(x.sigmoid(), here if here is None else here.unsqueeze(0 if class_first else 1)).flatten(), None
+            else:
+                at = likely.flatten().nonzero().flatten()
+                s = method.combine(x.flatten()[at].sigmoid(), None if here is None else here[place(at)[1]])
+            s, best = s.topk(min(topk, len(s))); keep = s > threshold
+            label, cell = place((best if at is None else at[best])[keep])
+            found.append((s[keep], label, a+cell))
         out.append([torch.cat(f) for f in zip(*found)])
     return out
 

@@ -265,9 +265,10 @@ def dense_detections(preds, sizes, method, threshold, nms_threshold, topk, most,
 @pytest.mark.parametrize('nms', [True, False])
 @pytest.mark.parametrize('third', [None, 'objectness'])
 @pytest.mark.parametrize('layout', ['maps', 'channels_last', 'flat'])
-def test_detections_equal_the_slow_way(nms, third, layout):
+@pytest.mark.parametrize('mean', [-.5, -2.5])                             # many logits that can pass, or few
+def test_detections_equal_the_slow_way(nms, third, layout, mean):
     sizes, strides = level_sizes(32, 48, (8, 16)), (8, 16)
-    cls = [torch.randn(2, 3, h, w)-1 for h, w in sizes]; dist = [torch.rand(2, 4, h, w)*20 for h, w in sizes]
+    cls = [2*(torch.randn(2, 3, h, w)+mean) for h, w in sizes]; dist = [torch.rand(2, 4, h, w)*20 for h, w in sizes]
     obj = [torch.randn(2, 1, h, w) for h, w in sizes] if third else None
     if layout == 'channels_last': cls = [m.contiguous(memory_format=torch.channels_last) for m in cls]
     preds = Predictions.from_maps(cls, dist, obj, strides)
