@@ -6,13 +6,14 @@
 __all__ = ['positive_degree', 'mean_over_set', 'ALA']
 
 # %% ../nbs/14_ala.ipynb #c002
-import math
+import copy, math
 import torch
+from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
 import torch.nn.functional as F
 from torch import Tensor
 from .geometry import InputError, distance_iou, distance_giou, centerness
-from .pairs import Predictions, Objects, Pairs, inside_pairs
+from .pairs import chunk_size, Predictions, Objects, Pairs, inside_pairs
 from .losses import ClassTable, joint_negative, focal_negative, log_not_joint, normalizer
 from .methods import Method, HeadSpec, Assignment, choice, in_range
 from .ipb import gaussian_taps, property_scores, blur, to_locations
@@ -65,6 +66,7 @@ class ALA(Method):
         inner:str='full',         # negatives inside the boxes (working): at 'full' weight, or the 'mean' over each object's set
         background_weight:float=.3, # weight of the property branch outside all boxes (working, negatives='class')
         score_gamma:float=0.,     # score = P(cls) · P_F^gamma
+        chunk:int=None,           # pairs at a time: bounds the memory of a crowd, changes no result; None: see `pairs.chunks`
         centre_gradient:bool=None, # μ's and σ's layer also moves the features that it pools; None: no working, yes paper
     ):
         choice('variant', variant, ('working','paper')); choice('property', property, ('ipb','impobj','centerness','none'))
@@ -83,6 +85,7 @@ class ALA(Method):
                         blur_radius=blur_radius, blur_variance=blur_variance, threshold=threshold, width=width, xi=xi, use=losses, one_to_one=one_to_one, negatives=negatives, inner=inner, at_least_one=variant=='working' if at_least_one is None else bool(at_least_one),
                         background_weight=background_weight, score_gamma=score_gamma,
                         centre_gradient=variant=='paper' if centre_gradient is None else bool(centre_gradient)).items(): setattr(self, k, v)
+        self.chunk = chunk_size(chunk)
         self.nms, self.score_power = not one_to_one, .5 if property=='centerness' else 1.
 
     def location_scores(self, preds):
@@ -122,10 +125,19 @@ def select(self:ALA, pairs, quality, progress):
 
 # %% ../nbs/14_ala.ipynb #c017
 @patch
+def _in_chunks(self:ALA, preds, pairs, logits, maps):
+    "`quality` of all pairs."
+    def part(at, sub):
+        sub = copy.copy(sub)                                      # what it caches goes with it
+        return self.quality(preds, sub, logits[at], sub.distances(preds), maps)
+    chunks = [(at, sub) for _,at,sub in pairs.chunks(self.chunk)]
+    return part(*chunks[0]) if len(chunks) == 1 else torch.cat([checkpoint(part, *c, use_reentrant=False) for c in chunks])
+
+@patch
 def assign(self:ALA, preds, objects, progress):
     pairs = inside_pairs(preds, objects)
-    table, distances, maps = ClassTable(preds, pairs), pairs.distances(preds), self.maps(preds)
-    log_s = self.quality(preds, pairs, table.logits, distances, maps)
+    table, maps = ClassTable(preds, pairs), self.maps(preds)
+    log_s = self._in_chunks(preds, pairs, table.logits, maps)
     with torch.no_grad(): hard, soft, xi = self.select(pairs, log_s.exp(), progress)
     n = normalizer(torch.tensor(float(len(objects)), device=preds.device, dtype=preds.dtype))
     form = self._working if self.variant=='working' else self._paper
