@@ -142,7 +142,7 @@ class ATSS(Method):
         losses = dict(loss_cls=cls, loss_reg=self.box_weight*(quality*box).sum()/n_box)
         if third in ('centerness','iou'):
             losses['loss_branch'] = (pos*F.binary_cross_entropy_with_logits(branch, quality, reduction='none')).sum()/n
-        return Assignment(losses, pairs, dict(pos=pos, target=target, quality=quality, overlap=overlap))
+        return Assignment(losses, pairs, dict(pos=pos, neg=1-pos, target=target, quality=quality, overlap=overlap))
 
 # %% ../nbs/07_ciou_atss.ipynb #c034
 def weight_at(

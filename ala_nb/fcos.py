@@ -76,4 +76,4 @@ class FCOS(Method):
         losses['loss_reg'] = (box*ctr).sum()/normalizer(ctr.sum(), 1e-6)
         if third=='centerness':
             losses['loss_centerness'] = (F.binary_cross_entropy_with_logits(pairs.third(preds), ctr, reduction='none')*pos).sum()/n
-        return Assignment(losses, pairs, dict(pos=pos, quality=ctr))
+        return Assignment(losses, pairs, dict(pos=pos, neg=1-pos, quality=ctr))

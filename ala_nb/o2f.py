@@ -83,7 +83,7 @@ class POTO(Method):
         obj, obj_at = (preds.obj_logits, pairs.third(preds)) if self.use_objectness else (None, None)
         cls = table.negatives(obj, .75/n) + (joint_positive(table.logits, obj_at) - .75*joint_negative(table.logits, obj_at)).sum()/n
         giou = distance_giou(pairs.distances(preds), pairs.targets)
-        return Assignment(dict(loss_cls=cls, loss_reg=self.box_weight*(1-giou).sum()/n), pairs, dict(pos=torch.ones_like(pairs.stride)))
+        return Assignment(dict(loss_cls=cls, loss_reg=self.box_weight*(1-giou).sum()/n), pairs, dict(pos=torch.ones_like(pairs.stride), neg=torch.zeros_like(pairs.stride)))
 
 # %% ../nbs/10_o2f.ipynb #c013
 def certain_and_ambiguous(

@@ -21,7 +21,7 @@ TABLES = dict(
     methods = ALL,
     claims = list(dict.fromkeys(side for c in CLAIMS for side in (c.before, c.after))),
     readings = [('ala', o) for o in ('', "variant='paper' blur_radius=3", "variant='paper' loc='exp' blur_radius=3", 'blur_radius=3', "centre='none'", "centre='fixed'", 'centre_gradient=True', "property='none'",
-                                     'lam=8.0', "loc='exp_giou'", "loc='power'", "coupling='sigmoid'", 'background_weight=1.0', 'score_gamma=0.5', 'width=1.5')],
+                                     'lam=8.0', "loc='exp_giou'", "loc='power'", "coupling='sigmoid'", "negatives='joint'", "negatives='weight'", "inner='mean'", 'background_weight=1.0', 'score_gamma=0.5', 'width=1.5')],
     bccd = ALL, bccd16 = ALL)
 FILES = dict(methods='shapes.csv', claims='claims.csv', readings='claims.csv', bccd='bccd.csv', bccd16='bccd_bf16.csv')
 SHORT = '--epochs 6'.split()         # of claims and readings: both sides of a comparison have the same budget
