@@ -112,7 +112,7 @@ def property_iou(
         here.append(maps[:,0,:h*w].view(1,h,w)); there.append(target['masks'].bool().any(0)[None].to(maps.device))
     return map_iou(torch.cat(here), torch.cat(there))
 
-# %% ../nbs/20_tables.ipynb #c024
+# %% ../nbs/20_tables.ipynb #c026
 @torch.no_grad()
 def count_duplicates(
     model:Detector,
