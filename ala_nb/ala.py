@@ -69,23 +69,27 @@ class ALA(Method):
         chunk:int=None,           # pairs at a time: bounds the memory of a crowd, changes no result; None: see `pairs.chunks`
         centre_gradient:bool=None, # μ's and σ's layer also moves the features that it pools; None: no working, yes paper
     ):
-        choice('variant', variant, ('working','paper')); choice('property', property, ('ipb','impobj','centerness','none'))
-        choice('parts', parts, ('both','confidence','weight')); choice('confidence_parts', confidence_parts, ('both','cls','loc')); choice('confidence', confidence, ('mul','add')); choice('negatives', negatives, ('class','joint','weight')); choice('inner', inner, ('full','mean'))
-        for name,x,low,high in (('alpha',alpha,0,10), ('beta',beta,0,1), ('lam',lam,0,100), ('width',width,0,100), ('background_weight',background_weight,0,100), ('score_gamma',score_gamma,0,10)): in_range(name, x, low, high)
-        if xi is not None: in_range('xi', xi, 0, 1)
-        if threshold not in ('statistics', None): in_range('threshold', threshold, 0, 1, "'statistics', None or a number")
-        coupling = coupling or ('softmax' if variant=='working' else 'double_sigmoid'); loc = loc or ('exp' if variant=='working' else 'printed')
-        choice('loc', loc, LOC_READINGS); choice('coupling', coupling, ('softmax','sigmoid','double_sigmoid'))
+        working = choice('variant', variant, ('working','paper')) == 'working'
         if not losses or set(losses) - set('HSN'): raise InputError(f"losses: {losses!r}; give letters of 'HSN' (hard, soft, negative)")
+        if threshold not in ('statistics', None): in_range('threshold', threshold, 0, 1, "'statistics', None or a number")
+        if xi is not None: in_range('xi', xi, 0, 1)
         gaussian_taps(blur_radius, blur_variance)                 # refuses a blur that does not exist
-        third = dict(impobj='objectness', centerness='centerness').get(property)
+        third = dict(impobj='objectness', centerness='centerness').get(choice('property', property, ('ipb','impobj','centerness','none')))
         super().__init__(num_classes, HeadSpec(cls_prior=.01, third=third, property_branch=property=='ipb', pooled=centre in ('predicted','shared'), box_activation='exp'))
         self.prior = CenterPrior(num_classes, centre, in_channels, isotropic)
-        for k,v in dict(variant=variant, property=property, coupling=coupling, alpha=alpha, beta=dict(cls=1.,loc=0.).get(confidence_parts,beta), confidence=confidence, loc=loc, lam=lam, parts=parts,
-                        blur_radius=blur_radius, blur_variance=blur_variance, threshold=threshold, width=width, xi=xi, use=losses, one_to_one=one_to_one, negatives=negatives, inner=inner, at_least_one=variant=='working' if at_least_one is None else bool(at_least_one),
-                        background_weight=background_weight, score_gamma=score_gamma,
-                        centre_gradient=variant=='paper' if centre_gradient is None else bool(centre_gradient)).items(): setattr(self, k, v)
-        self.chunk = chunk_size(chunk)
+        self.variant, self.property, self.blur_radius, self.blur_variance = variant, property, blur_radius, blur_variance
+        self.coupling = choice('coupling', coupling or ('softmax' if working else 'double_sigmoid'), ('softmax','sigmoid','double_sigmoid'))
+        self.loc = choice('loc', loc or ('exp' if working else 'printed'), LOC_READINGS)
+        self.parts = choice('parts', parts, ('both','confidence','weight'))
+        self.confidence = choice('confidence', confidence, ('mul','add'))
+        self.alpha, self.lam = in_range('alpha', alpha, 0, 10), in_range('lam', lam, 0, 100)
+        self.beta = dict(both=in_range('beta', beta, 0, 1), cls=1., loc=0.)[choice('confidence_parts', confidence_parts, ('both','cls','loc'))]
+        self.threshold, self.width, self.xi = threshold, in_range('width', width, 0, 100), xi
+        self.use, self.one_to_one, self.chunk = losses, one_to_one, chunk_size(chunk)
+        self.negatives, self.inner = choice('negatives', negatives, ('class','joint','weight')), choice('inner', inner, ('full','mean'))
+        self.background_weight, self.score_gamma = in_range('background_weight', background_weight, 0, 100), in_range('score_gamma', score_gamma, 0, 10)
+        self.at_least_one = working if at_least_one is None else bool(at_least_one)
+        self.centre_gradient = not working if centre_gradient is None else bool(centre_gradient)
         self.nms, self.score_power = not one_to_one, .5 if property=='centerness' else 1.
 
     def location_scores(self, preds):

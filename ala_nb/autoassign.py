@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAR', 'EPS', 'center_prior', 'localisation_confidence', 'positive_weights', 'negative_weights', 'best_iou',
-           'AutoAssign', 'centre_loss', 'explicit_objectness']
+           'centre_loss', 'explicit_objectness', 'AutoAssign']
 
 # %% ../nbs/08_autoassign.ipynb #c002
 import math
@@ -247,7 +247,25 @@ def _scaled(*terms):
         if a is not None: out = x*a if out is None else out.add_(x*a)
     return out
 
-# %% ../nbs/08_autoassign.ipynb #c035
+# %% ../nbs/08_autoassign.ipynb #c036
+def centre_loss(
+    prior:Tensor, # (N,) centre prior summed over each object's bag
+    objects:Objects,
+)->Tensor: # 0-dim
+    "The release's third loss: objects over summed prior, mean over images (0 for one without any location in a box). It keeps σ wide."
+    mass = prior.new_zeros(objects.n_images).index_add(0, objects.image, prior)
+    return torch.where(mass > 0, objects.counts/mass.clamp(min=EPS), 0.).mean()
+
+def explicit_objectness(
+    obj_logits:Tensor, # (B, P)
+    pairs:Pairs,
+)->Tensor: # 0-dim
+    "Table 4's explicit objectness: focal loss with target 1 at every location inside a box, by the number of these locations."
+    target = torch.zeros_like(obj_logits).view(-1).index_fill_(0, pairs.cell, 1.).view_as(obj_logits)
+    loss = target*focal_positive(obj_logits) + (1-target)*.75*focal_negative(obj_logits)
+    return loss.sum()/normalizer(target.sum())
+
+# %% ../nbs/08_autoassign.ipynb #c037
 class AutoAssign(Method):
     "AutoAssign: all locations in a box, weighted by a learned centre prior and the predictions' confidence."
     def __init__(self,
@@ -298,21 +316,3 @@ class AutoAssign(Method):
         if self.centre_loss: losses['loss_center'] = self.centre_weight*centre_loss(prior, objects)
         if self.objectness == 'explicit': losses['loss_obj'] = explicit_objectness(preds.obj_logits, pairs)
         return Assignment(losses, pairs, dict(pos=w_pos, neg=w_neg))
-
-# %% ../nbs/08_autoassign.ipynb #c036
-def centre_loss(
-    prior:Tensor, # (N,) centre prior summed over each object's bag
-    objects:Objects,
-)->Tensor: # 0-dim
-    "The release's third loss: objects over summed prior, mean over images (0 for one without any location in a box). It keeps σ wide."
-    mass = prior.new_zeros(objects.n_images).index_add(0, objects.image, prior)
-    return torch.where(mass > 0, objects.counts/mass.clamp(min=EPS), 0.).mean()
-
-def explicit_objectness(
-    obj_logits:Tensor, # (B, P)
-    pairs:Pairs,
-)->Tensor: # 0-dim
-    "Table 4's explicit objectness: focal loss with target 1 at every location inside a box, by the number of these locations."
-    target = torch.zeros_like(obj_logits).view(-1).index_fill_(0, pairs.cell, 1.).view_as(obj_logits)
-    loss = target*focal_positive(obj_logits) + (1-target)*.75*focal_negative(obj_logits)
-    return loss.sum()/normalizer(target.sum())
