@@ -253,7 +253,7 @@ from ala_nb import bench as B
 from ala_nb.methods import build
 from ala_nb.pairs import Objects
 torch.set_num_threads(1)
-b = B.draw_batch((2000,), (800, 1216), 2, torch.Generator().manual_seed(0), 60., .5)
+b = B.draw_batch((2000,), (800, 1216), 2, torch.Generator().manual_seed(0), 90., .5)   # enough pairs to outweigh what does not depend on chunks
 m = build('{name}', 2, chunk={chunk}); leaves = b.leaves(m.head)
 print(B.peak_growth(lambda: torch.autograd.grad(m(b.predictions(m.head), Objects.from_targets(b.targets), .5).total, leaves, allow_unused=True)))"""]
     small, large = (float(subprocess.run(spec(c), capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()[-1]) for c in (1<<15, 1<<30))
