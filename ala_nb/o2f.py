@@ -31,7 +31,7 @@ def match_one_to_one(
     "The assignment of distinct locations to the objects of each image with the largest summed quality (POTO Eq. 3)."
     import numpy as np
     from scipy.optimize import linear_sum_assignment
-    loc, obj, q = (x.cpu().numpy() for x in (pairs.loc, pairs.obj, quality.double()))
+    loc, obj, q = (x.cpu().numpy() for x in (pairs.loc, pairs.obj, quality.double().nan_to_num(0.)))   # scipy refuses NaN; the losses show it
     image, boxes = pairs.objects.image.cpu().numpy(), pairs.objects.boxes.detach().double().cpu().numpy()
     points, end = pairs.points.double().cpu().numpy(), np.searchsorted(image, np.arange(pairs.objects.n_images+1))
     out = {}

@@ -209,3 +209,14 @@ def test_which_loss_teaches_what(name, options):
     reached = lambda v: {k for k, x in leaves.items() if x and v.requires_grad and any(g is not None and g.any() for g in slopes(v, x))}
     assert {k: reached(v) for k, v in out.losses.items()} == TEACHES[title(name, options)]
     assert not any(w.requires_grad for w in out.weights.values())
+
+# ---- a network that has broken down
+
+@pytest.mark.parametrize('part', ('cls_blocks', '_planes'))
+@each
+def test_nan_is_never_a_number(name, options, part):
+    b, m = draw(4), made(name, options)
+    preds = b.predictions(m.head)
+    with torch.no_grad():
+        for x in (preds.cls_blocks if part == 'cls_blocks' else [preds._planes]): x.fill_(torch.nan)
+    assert not m(preds, Objects.from_targets(b.targets), .5).total.isfinite()
