@@ -415,6 +415,7 @@ def top_scores(
         locs.append(a + (at%(b-a) if class_first else at//k))
     return torch.cat(scores,1), torch.cat(labels,1), torch.cat(locs,1)
 
+# %% ../nbs/05_detector.ipynb #c052
 def likely_scores(
     preds:Predictions,
     method:Method,
@@ -444,6 +445,7 @@ def likely_scores(
         out.append([torch.cat(f) for f in zip(*found)])
     return out
 
+# %% ../nbs/05_detector.ipynb #c054
 def detections(
     preds:Predictions,
     sizes:Sequence,   # [(H, W), ...] px of the given images
@@ -468,7 +470,7 @@ def detections(
         out.append(dict(boxes=b[keep], labels=l[keep], scores=s[keep]))
     return out
 
-# %% ../nbs/05_detector.ipynb #c055
+# %% ../nbs/05_detector.ipynb #c059
 def read_weights(
     path, # .safetensors, or whatever torch.save wrote
 )->dict: # name -> tensor
@@ -497,7 +499,7 @@ def imagenet_weights(
     except Exception as e: raise InputError(f"weights: {known.url} could not be downloaded ({type(e).__name__}); "
                                             f"put the file at {at}, or give its path instead of 'imagenet'") from e
 
-# %% ../nbs/05_detector.ipynb #c057
+# %% ../nbs/05_detector.ipynb #c061
 def take_weights(
     model:nn.Module, # with a `.body`
     state:dict,      # name -> tensor: of the whole detector ('body.…'), or of a backbone ('conv1.weight', …)
@@ -521,7 +523,7 @@ def take_weights(
     model.load_state_dict(fits, strict=False)
     return sorted(fits)
 
-# %% ../nbs/05_detector.ipynb #c061
+# %% ../nbs/05_detector.ipynb #c065
 def whole(name:str, x, least:int, most:int=None)->int:
     "`x` as an integer in range, or `InputError`."
     ok = not isinstance(x, (bool,str)) and isinstance(x, (int,float)) and x == int(x) and x >= least and (most is None or x <= most)
@@ -552,7 +554,7 @@ def settle(
              method_options=dict(c['method_options'] or {}), channels_last=bool(c['channels_last']))
     return c
 
-# %% ../nbs/05_detector.ipynb #c063
+# %% ../nbs/05_detector.ipynb #c067
 def as_tuple(v):
     "Lists, which JSON makes of tuples, as tuples again."
     return tuple(as_tuple(x) for x in v) if isinstance(v, (list,tuple)) else v
@@ -583,7 +585,7 @@ def method_config(
         f"method: {type(method).__name__} was given ready-made and cannot be written down; give the detector its name and method_options")
     return dict(method=name, method_options=dict(options))
 
-# %% ../nbs/05_detector.ipynb #c066
+# %% ../nbs/05_detector.ipynb #c070
 INFERENCE = 'score_threshold', 'nms_threshold', 'topk', 'max_detections' # what `detect` can change from call to call
 
 class Detector(nn.Module):
@@ -651,12 +653,7 @@ class Detector(nn.Module):
         if targets is None: raise InputError("targets: missing; training needs them, for detections call .eval() first")
         return self.assign(images, targets, progress)[0].losses
 
-    def compile_network(self, **options):
-        "torch.compile backbone and pyramid, in place: the names of the weights stay."
-        for m in (self.body, self.pyramid): m.compile(**options)
-        return self
-
-# %% ../nbs/05_detector.ipynb #c068
+# %% ../nbs/05_detector.ipynb #c072
 @patch
 def assign(self:Detector,
     images:Sequence[Tensor], targets:Sequence[dict],
@@ -683,7 +680,13 @@ def detect(self:Detector,
         for i,d in zip(group, detections(preds, sizes, self.method, c['nms'] if nms is None else nms, **options)): out[i] = d
     return out
 
-# %% ../nbs/05_detector.ipynb #c080
+@patch
+def compile_network(self:Detector, **options):
+    "torch.compile backbone and pyramid, in place: the names of the weights stay."
+    for m in (self.body, self.pyramid): m.compile(**options)
+    return self
+
+# %% ../nbs/05_detector.ipynb #c084
 def save_weights(
     model:Detector,
     path, # .safetensors
@@ -709,7 +712,7 @@ def _umask():
     mask = os.umask(0); os.umask(mask)
     return mask
 
-# %% ../nbs/05_detector.ipynb #c081
+# %% ../nbs/05_detector.ipynb #c085
 def read_config(
     source, # a run's folder, its config.json, or a .safetensors file of `save_weights`
 ): # the detector's configuration, and the class names or None
