@@ -177,9 +177,10 @@ def positive(self:_Bags, on, at, sub):
     u = e.copy_(self.w_pos[at]).mul_(sub.spread(torch.where(ok, -1/mean.clamp(min=self.tiny), 0.)))
     b = (p - sub.spread(mean*(total > EPS))).mul_(u)                  # ∂/∂log e
     like = u.mul_(p)                                                  # ∂/∂log P as a likelihood ...
-    weigh = None if conf is None else (b*k).mul_(conf)                # ... and as a weight
-    by_q = like if rule.confidence in ('loc','none') else like + weigh
-    by_loc = like if rule.confidence in ('cls','none') else by_q if rule.confidence == 'joint' else like + weigh
+    if rule.detach: b.zero_()
+    weigh = None if conf is None or rule.detach else (b*k).mul_(conf) # ... and as a weight
+    by_q = like if weigh is None or rule.confidence == 'loc' else like + weigh
+    by_loc = like if weigh is None or rule.confidence == 'cls' else by_q if rule.confidence == 'joint' else like + weigh
     self.keep(0, at, cell, by_q, not_c, not_o)
     for x,g in zip(self.g_sides, _giou_slopes(by_loc*rule.reg_weight, pred, target, iou, fill, parts)): x.scatter_add_(0, place, g)
     if self.learned:                                                  # rows of g_slopes: positive ∂μ, ∂σ, prior's ∂μ, ∂σ
@@ -282,6 +283,7 @@ class AutoAssign(Method):
         pos_weight:float=None,      # factor of the positive loss; None: 0.25 released, 1 paper
         neg_weight:float=.75,       # factor of the negative loss, focal loss's 1 - α
         centre_weight:float=.75,    # factor of the centre loss
+        detach:bool=False,          # w⁺ without gradient (DW, Table 6)
         chunk:int=None,             # pairs at a time: bounds the memory of a crowd, changes no result; None: see `pairs.chunks`
     ):
         choice('variant', variant, ('released','paper')); choice('centre', centre, ('category','shared','fixed','none'))
@@ -290,7 +292,7 @@ class AutoAssign(Method):
         third = None if objectness == 'none' else 'objectness'
         super().__init__(num_classes, HeadSpec(offset=0., cls_prior=.02, box_bias=4., box_activation='relu', third=third))
         self.variant, self.centre, self.confidence, self.objectness = variant, centre, confidence, objectness
-        self.negative_weighting, self.other_objects, self.chunk = negative_weighting, other_objects, chunk_size(chunk)
+        self.negative_weighting, self.other_objects, self.detach, self.chunk = negative_weighting, other_objects, detach, chunk_size(chunk)
         self.reg_weight, self.tau, self.neg_weight, self.centre_weight = reg_weight, tau, neg_weight, centre_weight
         self.pos_weight = pos_weight if pos_weight is not None else .25 if variant == 'released' else 1.
         learned = centre in ('category','shared')

@@ -72,7 +72,7 @@ def _full(x):
     return x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
 
 def _levels_from_points(points, strides):
-    "Level sizes, strides and offset of a flat, row-major, finest-first grid."
+    "Level sizes and strides of a flat, row-major, finest-first grid."
     change = (strides[1:] != strides[:-1]).nonzero().flatten().add(1).tolist()
     bounds = [0, *change, len(strides)]
     sizes, steps = [], []

@@ -60,11 +60,11 @@ CLAIMS = [
     Claim('predicted IoU alone loses at least 0.05 to the sum', 'Combined IoUs, Table II', (39.75,29.39), ('ciou_atss',HARD), ('ciou_atss','anchor_weight=0 '+HARD), .05, share=False),
     Claim('the weight mechanism alone loses at least half', 'ALA, Table III', (40.9,10.5), _ala(''), _ala("parts='weight'"), .5),
     Claim('the confidence mechanism alone loses at most 0.05', 'ALA, Table III', (40.9,38.9), _ala(''), _ala("parts='confidence'"), high=.05, share=False),
-    Claim('without ℓ_R⁻ at least a quarter is lost', 'ALA, Table XI', (40.9,23.5), _ala(''), _ala("losses='HS'"), .25),
+    Claim('without the loss of the negatives (ℓ_R⁻) at least a quarter is lost', 'ALA, Table XI', (40.9,23.5), _ala(''), _ala("losses='HS'"), .25),
     Claim('with only soft positives at least a quarter is lost', 'ALA, Table XI', (40.9,18.7), _ala(''), _ala("losses='SN'"), .25),
     Claim('one-to-two loses to one-to-one without NMS', 'o2f, Table 1', (36.5,25.9), ('o2f','K=1'), ('o2f','K=2 t=1.0 ambiguous_weight=1.0'), 0, share=False, metric='AP_no_nms'),
     Claim('a soft second label does not', 'o2f, Table 1', (36.5,37.5), ('o2f','K=1'), ('o2f','K=2 t=0.2 ambiguous_weight=1.0'), high=.01, share=False, metric='AP_no_nms'),
-    Claim("IPB's foreground IoU is lower without C and G", 'ALA, Table II', (88.4,67.8), _ala('blur_radius=3'), _ala("centre='none' blur_radius=0"), 0, share=False, metric='map_iou'),
+    Claim("IPB's foreground IoU is lower without centre weight and blur (C, G)", 'ALA, Table II', (88.4,67.8), _ala('blur_radius=3'), _ala("centre='none' blur_radius=0"), 0, share=False, metric='map_iou'),
 ]
 
 # %% ../nbs/20_tables.ipynb #c011
