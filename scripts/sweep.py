@@ -2,7 +2,7 @@
 
     python scripts/sweep.py methods  --seeds 0 1 2              # every method on `shapes`, the default recipe
     python scripts/sweep.py claims   --seeds 0 1                # the papers' claims (ala_nb.tables), 6 epochs
-    python scripts/sweep.py readings --seeds 0 1                # ALA's equations, printed and mended, 6 epochs
+    python scripts/sweep.py readings --seeds 0 1                # ALA's equations, printed and mended, and what o2f's duplicates depend on, 6 epochs
     python scripts/sweep.py bccd --data DIR --seeds 0           # every method on a real set, ResNet-18 from scratch
     python scripts/sweep.py bccd16 --data DIR --seeds 0         # the same with the network in bfloat16: half the time on a CPU that knows it
 
@@ -19,11 +19,13 @@ BCCD = '--backbone resnet18 --size 240 --max_size 320 --epochs 12 --batch_size 8
 CLIP = dict.fromkeys(('ala', 'ciou_atss', 'dw', 'o2f', 'poto'), '10')   # torchvision's recipe for FCOS does not clip the gradient; under it the losses of the first three jumped within 70 steps and stayed there
 ALL = [('fcos', ''), ('autoassign', ''), ('ala', ''), ('atss', ''), ('ciou_atss', ''), ('dw', ''), ('o2f', ''), ('ala', 'one_to_one=True'), ('poto', '')]
 TABLES = dict(
-    methods = ALL,
+    methods = ALL + [('ala', "parts='confidence'")],
     claims = list(dict.fromkeys(side for c in CLAIMS for side in (c.before, c.after))),
     readings = [('ala', o) for o in ('', "variant='paper' blur_radius=3", "variant='paper' loc='exp' blur_radius=3", 'blur_radius=3', "centre='none'", "centre='fixed'", 'centre_gradient=True', "property='none'",
-                                     'lam=8.0', "loc='exp_giou'", "loc='power'", "coupling='sigmoid'", "negatives='joint'", "negatives='weight'", "inner='mean'", 'background_weight=1.0', 'score_gamma=0.5', 'width=1.5')],
-    bccd = ALL, bccd16 = ALL)
+                                     'lam=8.0', "loc='exp_giou'", "loc='power'", "coupling='sigmoid'", "negatives='joint'", "negatives='weight'", "inner='mean'", 'background_weight=1.0', 'score_gamma=0.5', 'width=1.5')]
+             + [('o2f', o) for o in ('', 'K=3', 't_min=0.0', 'ambiguous_weight=1.0', 'ambiguous_weight=1.0 t_min=0.1', 'alpha=0.5', 'alpha=0.2', 'alpha=0.5 t_min=0.0', 'third_convs=0')]
+             + [('fcos', ''), ('fcos', 'ranges=None'), ('ciou_atss', ''), ('ciou_atss', 'anchor_weight=0')],
+    bccd = ALL, bccd16 = ALL + [('ala', "parts='confidence'")])
 FILES = dict(methods='shapes.csv', claims='claims.csv', readings='claims.csv', bccd='bccd.csv', bccd16='bccd_bf16.csv')
 SHORT = '--epochs 6'.split()         # of claims and readings: both sides of a comparison have the same budget
 FIELDS = 'method options seed AP AP50 AP75 AP_no_nms AP_nms map_iou seconds command versions'.split()
