@@ -73,6 +73,7 @@ class ALA(Method):
         if not losses or set(losses) - set('HSN'): raise InputError(f"losses: {losses!r}; give letters of 'HSN' (hard, soft, negative)")
         if threshold not in ('statistics', None): in_range('threshold', threshold, 0, 1, "'statistics', None or a number")
         if xi is not None: in_range('xi', xi, 0, 1)
+        in_range('in_channels', in_channels, 1, 1e6)
         gaussian_taps(blur_radius, blur_variance)                 # refuses a blur that does not exist
         third = dict(impobj='objectness', centerness='centerness').get(choice('property', property, ('ipb','impobj','centerness','none')))
         super().__init__(num_classes, HeadSpec(cls_prior=.01, third=third, property_branch=property=='ipb', pooled=centre in ('predicted','shared'), box_activation='exp'))

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from .geometry import InputError, distance_iou, distance_giou
 from .pairs import chunk_size, Predictions, Objects, Pairs, inside_pairs
 from .losses import ClassTable, focal_positive, focal_negative, normalizer
-from .methods import Method, HeadSpec, Assignment, choice
+from .methods import Method, HeadSpec, Assignment, choice, in_range
 
 # %% ../nbs/08_autoassign.ipynb #c005
 FAR = -60. # floor of log G: e⁻⁶⁰ is as good as 0, and a CPU's exp is ten times slower where its result cannot be represented
@@ -288,7 +288,8 @@ class AutoAssign(Method):
     ):
         choice('variant', variant, ('released','paper')); choice('centre', centre, ('category','shared','fixed','none'))
         choice('confidence', confidence, ('joint','cls','loc','none')); choice('objectness', objectness, ('implicit','explicit','none'))
-        if not tau > 0: raise InputError(f"tau: {tau} does not work; give a number above 0")
+        in_range('tau', tau, 1/80, 1e3)                                   # e^(1/tau) has to be a float32
+        for field,x in (('reg_weight',reg_weight), ('pos_weight',pos_weight or 0.), ('neg_weight',neg_weight), ('centre_weight',centre_weight)): in_range(field, x, 0, 1e3)
         third = None if objectness == 'none' else 'objectness'
         super().__init__(num_classes, HeadSpec(offset=0., cls_prior=.02, box_bias=4., box_activation='relu', third=third))
         self.variant, self.centre, self.confidence, self.objectness = variant, centre, confidence, objectness

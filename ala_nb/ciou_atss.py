@@ -15,7 +15,7 @@ from .geometry import InputError, distance_iou, distance_overlap, centerness
 from .pairs import Predictions, Objects, Pairs, nearest_pairs
 from .losses import (ClassTable, focal_positive, focal_negative, quality_focal, varifocal_positive,
                            joint_positive, joint_negative, normalizer)
-from .methods import Method, HeadSpec, Assignment, choice
+from .methods import Method, HeadSpec, Assignment, choice, in_range
 
 # %% ../nbs/07_ciou_atss.ipynb #c005
 def predicted_iou(
@@ -109,8 +109,7 @@ class ATSS(Method):
         self._set(num_classes, variant, k, anchor_scale, box_weight, third_branch)
 
     def _set(self, num_classes, variant, k, anchor_scale, box_weight, third):
-        for name,v in (('k',k),('anchor_scale',anchor_scale)):
-            if not v > 0: raise InputError(f"{name}: {v}; it must be above 0")
+        for name,v,low,high in (('k',k,1,1e6), ('anchor_scale',anchor_scale,1e-3,1e3), ('box_weight',box_weight,0,1e3)): in_range(name, v, low, high)
         super().__init__(num_classes, HeadSpec(offset=0. if variant=='mmdet' else .5, cls_prior=.01, box_activation='exp',
                                                box_bias=math.log(anchor_scale/2), third=third))   # a new network predicts its anchors
         self.variant, self.k, self.anchor_scale, self.box_weight, self.legacy = variant, k, anchor_scale, box_weight, variant=='released'
@@ -157,8 +156,7 @@ def weight_at(
 def check_weight(field:str, weight):
     "`weight` if it is a number >= 0 or the name of a schedule; otherwise `InputError`."
     if isinstance(weight, str): return choice(field, weight, ('rising','falling'))
-    if not 0 <= weight < math.inf: raise InputError(f"{field}: {weight!r}; give a number of at least 0, 'rising' or 'falling'")
-    return weight
+    return in_range(field, weight, 0, 1e3, "'rising', 'falling' or a number")
 
 # %% ../nbs/07_ciou_atss.ipynb #c037
 class CombinedIoU(ATSS):

@@ -7,8 +7,8 @@ __all__ = ['NORMS', 'RESNETS', 'BACKBONES', 'EXP_MAX', 'MEAN', 'STD', 'WHOLE', '
            'ResNetBody', 'TinyBody', 'TinyBlock', 'make_body', 'ExtraLevels', 'Pyramid', 'check_strides', 'prior_bias',
            'tower', 'init_normal', 'full', 'sample_planes', 'refine_distances', 'PropertyBranch', 'Head', 'padded',
            'check_images', 'batch_images', 'check_targets', 'top_scores', 'likely_scores', 'detections', 'read_weights',
-           'imagenet_weights', 'take_weights', 'whole', 'fraction', 'settle', 'as_tuple', 'make_method',
-           'method_config', 'Detector', 'save_weights', 'read_config', 'load_detector']
+           'imagenet_weights', 'take_weights', 'whole', 'fraction', 'colours', 'named', 'settle', 'as_tuple',
+           'make_method', 'method_config', 'Detector', 'save_weights', 'read_config', 'load_detector']
 
 # %% ../nbs/05_detector.ipynb #c002
 import contextlib, importlib, inspect, json, math, os, tempfile, warnings
@@ -526,7 +526,7 @@ def take_weights(
 # %% ../nbs/05_detector.ipynb #c065
 def whole(name:str, x, least:int, most:int=None)->int:
     "`x` as an integer in range, or `InputError`."
-    ok = not isinstance(x, (bool,str)) and isinstance(x, (int,float)) and x == int(x) and x >= least and (most is None or x <= most)
+    ok = not isinstance(x, bool) and isinstance(x, (int,float)) and math.isfinite(x) and x == int(x) and x >= least and (most is None or x <= most)
     if not ok: raise InputError(f"{name}: {x!r}; give a whole number from {least}" + (' on' if most is None else f' to {most}'))
     return int(x)
 
@@ -535,6 +535,19 @@ def fraction(name:str, x)->float:
     ok = not isinstance(x, (bool,str)) and isinstance(x, (int,float)) and 0 <= x <= 1
     if not ok: raise InputError(f"{name}: {x!r}; give a number from 0 to 1")
     return float(x)
+
+def colours(name:str, x)->list:
+    "Three numbers, one a channel, or `InputError`; those of `std` above 0."
+    ok = isinstance(x, (list,tuple)) and len(x) == 3 and all(isinstance(v, (int,float)) and not isinstance(v, bool) and math.isfinite(v) and (name != 'std' or v > 0) for v in x)
+    if not ok: raise InputError(f"{name}: {x!r}; give three numbers{' above 0' if name == 'std' else ''}, one for red, green and blue each")
+    return [float(v) for v in x]
+
+def named(options)->dict:
+    "Options of a method as a dict of its own, or `InputError`."
+    if not isinstance(options or {}, dict): raise InputError(f"method_options: {options!r}; give a dict of the method's options by name")
+    for o in ('name','num_classes'):
+        if o in (options or {}): raise InputError(f"method_options: {o!r} is none of them; the detector has `method` and `num_classes`")
+    return dict(options or {})
 
 WHOLE = dict(num_classes=(1,), channels=(1,), head_convs=(0,), trainable_layers=(0,5), topk=(1,), max_detections=(1,), pad_to=(1,)) # range
 
@@ -550,8 +563,7 @@ def settle(
     for k,limits in WHOLE.items(): c[k] = whole(k, c[k], *limits)
     for k in ('score_threshold','nms_threshold'): c[k] = fraction(k, c[k])
     choice('norm', c['norm'], NORMS); choice('p6_from', c['p6_from'], ('p5','c5')); choice('nms', c['nms'], (None,True,False))
-    c.update({k: [float(x) for x in c[k]] for k in ('mean','std')}, strides=list(check_strides(c['strides'])),
-             method_options=dict(c['method_options'] or {}), channels_last=bool(c['channels_last']))
+    c.update({k: colours(k, c[k]) for k in ('mean','std')}, strides=list(check_strides(c['strides'])), method_options=named(c['method_options']), channels_last=bool(c['channels_last']))
     return c
 
 # %% ../nbs/05_detector.ipynb #c067

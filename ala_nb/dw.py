@@ -47,7 +47,7 @@ BAGS = dict(soft=None, radius=1.7, topk=9, threshold=.3) # the size that a bare 
 
 def read_bag(bag):
     "(kind, size) of the option `bag`: a name, or a name with its size."
-    kind, *size = (bag,) if isinstance(bag, str) else tuple(bag)
+    kind, *size = bag if isinstance(bag, (tuple,list)) and bag else (bag,)
     choice('bag', kind, tuple(BAGS))
     if not size: return kind, BAGS[kind]
     number = len(size)==1 and isinstance(size[0], (int,float)) and 0 < size[0] < math.inf

@@ -66,6 +66,7 @@ class POTO(Method):
         third_convs:int=0,    # extra convolutions of that branch
     ):
         super().__init__(num_classes, HeadSpec(cls_prior=.01, box_activation='relu', box_bias=1., third='objectness' if use_objectness else None, third_convs=third_convs))
+        for name,x,high in (('alpha',alpha,1), ('radius',radius,1e3), ('box_weight',box_weight,1e3)): in_range(name, x, 0, high)
         self.alpha, self.radius, self.box_weight, self.use_objectness = alpha, radius, box_weight, use_objectness
 
     def match(self, preds, objects)->Pairs:
@@ -132,6 +133,7 @@ class OneToFew(Method):
         if isinstance(K, bool) or not isinstance(K, int) or K < 0: raise InputError(f"K: {K!r}; give a whole number of ambiguous locations from 0")
         for name,x,high in (('t_max',t_max,1), ('t_min',t_min,1), ('alpha',alpha,1), ('radius',radius,1e3)): in_range(name, x, 0, high)
         if t is not None: in_range('t', t, 0, 1)
+        if ambiguous_weight is not None: in_range('ambiguous_weight', ambiguous_weight, 0, 1e3)
         super().__init__(num_classes, HeadSpec(cls_prior=.01, box_activation='relu', third='objectness', third_convs=third_convs, third_channels=64))
         self.variant, self.k = variant, K+1 if variant=='paper' else max(K,1)
         self.t_max, self.t_min, self.t, self.alpha, self.match, self.radius = t_max, t_min, t, alpha, match, radius
