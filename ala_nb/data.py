@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'SHAPES_VERSION', 'Bits', 'on_shape', 'extreme_points', 'shape_cover', 'value_noise', 'texture', 'colour',
-           'ShapesConfig', 'draw_sides', 'pair_iou', 'free_boxes', 'draw_stroke', 'draw_background', 'place_object',
-           'draw_scene', 'DetectionDataset', 'ShapesDataset', 'read_image', 'probe_image', 'Annotations', 'check_box',
-           'clip_boxes', 'FolderDataset', 'pick_split', 'read_text', 'read_json', 'find_image', 'map_classes',
-           'coco_splits', 'coco_images', 'read_coco', 'coco_object', 'voc_splits', 'voc_object', 'read_voc_xml',
-           'voc_classes', 'read_voc', 'crowdhuman_splits', 'crowdhuman_object', 'read_crowdhuman', 'recognise',
-           'check_images', 'need_objects', 'load_folder', 'load_dataset', 'save_coco', 'ShortSide', 'Transforms',
-           'train_transforms', 'eval_transforms', 'item_seed', 'Items', 'BatchOrder', 'collate', 'Loader',
-           'make_loader']
+           'check_kinds', 'ShapesConfig', 'draw_sides', 'pair_iou', 'free_boxes', 'draw_stroke', 'draw_background',
+           'place_object', 'draw_scene', 'DetectionDataset', 'ShapesDataset', 'read_image', 'probe_image',
+           'Annotations', 'check_box', 'check_flag', 'clip_boxes', 'FolderDataset', 'pick_split', 'read_text',
+           'read_json', 'find_image', 'map_classes', 'coco_splits', 'coco_images', 'read_coco', 'coco_object',
+           'voc_splits', 'read_xml', 'voc_object', 'read_voc_xml', 'voc_classes', 'read_voc', 'crowdhuman_splits',
+           'crowdhuman_object', 'read_crowdhuman', 'recognise', 'check_images', 'need_objects', 'load_folder',
+           'load_dataset', 'save_coco', 'ShortSide', 'Transforms', 'train_transforms', 'eval_transforms', 'item_seed',
+           'Items', 'BatchOrder', 'collate', 'Loader', 'make_loader']
 
 # %% ../nbs/04_data.ipynb #c002
-import difflib, json, math, os, re, signal
+import difflib, functools, inspect, json, math, os, re, signal
 import xml.etree.ElementTree as ET
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 import numpy as np
 import torch
@@ -131,6 +132,26 @@ def colour(bits):
     return (d/np.abs(d).max()).astype(np.float32)[:,None,None]
 
 # %% ../nbs/04_data.ipynb #c019
+_number = lambda v: isinstance(v, Real) and not isinstance(v, bool) and abs(v)<1e9              # NaN is not
+_whole = lambda v: isinstance(v, Integral) and not isinstance(v, bool)
+_two = lambda of: lambda v: isinstance(v, (list,tuple)) and len(v)==2 and all(map(of, v))
+_names = lambda v: isinstance(v, (list,tuple)) and all(isinstance(c, str) for c in v) and len(set(v))==len(v)
+_number_kind, _bool_kind = ('a number', _number), ('true or false', lambda v: isinstance(v, bool))
+_kinds = dict(classes=('a list of different names, such as ["cat","dog"]', _names),
+    image_size=('a whole number of px, or height and width', lambda v: _whole(v) or _two(_whole)(v)),
+    objects=('two numbers, both whole: fewest and most', _two(_whole)),
+    **dict.fromkeys(('sides','contrast'), ('two numbers, from and to', _two(_number))),
+    **dict.fromkeys(('aspect','max_iou','min_visible','texture','noise'), _number_kind),
+    **dict.fromkeys(('clutter','seed'), ('a whole number', _whole)), n=('a whole number', lambda v: v is None or _whole(v)),
+    keep=('a number of bytes', lambda v: isinstance(v, Real)), config=('a ShapesConfig', lambda v: v is None or isinstance(v, ShapesConfig)),
+    **dict.fromkeys(('rotate','masks','one_based','verify'), _bool_kind))
+
+def check_kinds(options:dict):
+    "An InputError for the first option of a data set whose value is not of its kind."
+    for k,v in options.items():
+        if k in _kinds and not _kinds[k][1](v): raise InputError(f'{k}: {v!r:.60} must be {_kinds[k][0]}')
+
+# %% ../nbs/04_data.ipynb #c021
 SHAPES_VERSION = 1                         # of the standard set: any change of its pixels or boxes raises it
 _shapes_splits = dict(train=3000, val=500, test=500)
 
@@ -151,12 +172,9 @@ class ShapesConfig:
     rotate:bool=False            # objects at any angle, or upright and quarter turns only
 
     def __post_init__(self):
-        set_ = lambda k,v: object.__setattr__(self, k, v)                            # lists (from JSON) become tuples
-        for k in ('classes','objects','sides','contrast','image_size'):
-            v = getattr(self, k)
-            if isinstance(v, list): set_(k, tuple(v))
-            pair = isinstance(v, (tuple,list)) and len(v)==2
-            if k not in ('classes','image_size') and not pair: raise InputError(f'{k}: {v} must be two numbers, from and to')
+        check_kinds(vars(self))
+        for k,v in list(vars(self).items()):                                         # lists (from JSON) become tuples
+            if isinstance(v, list): object.__setattr__(self, k, tuple(v))
         s = self.image_size
         unknown = [c for c in self.classes if c not in SHAPES]
         lo,hi = self.sides[0], self.sides[1]*min(self.hw)
@@ -170,9 +188,9 @@ class ShapesConfig:
     @property
     def hw(self):
         "Height and width of the images, px."
-        return (self.image_size,)*2 if isinstance(self.image_size,int) else self.image_size
+        return (self.image_size,)*2 if isinstance(self.image_size,Integral) else self.image_size
 
-# %% ../nbs/04_data.ipynb #c022
+# %% ../nbs/04_data.ipynb #c024
 def draw_sides(bits, cfg, n):
     "Widths and heights (n, 2) px of n objects, log-uniform, on a grid of 1/8 px, in the order of drawing."
     lo,hi = cfg.sides[0], cfg.sides[1]*min(cfg.hw)
@@ -197,7 +215,7 @@ def free_boxes(bits, cfg, wh, boxes, tries=48):
     new = np.concatenate([xy, xy+wh], 1)
     return new[pair_iou(new, boxes).max(1, initial=0)<=cfg.max_iou]
 
-# %% ../nbs/04_data.ipynb #c025
+# %% ../nbs/04_data.ipynb #c027
 def _window(box, cover):
     "Rows and columns of the image that `cover` lies on."
     y,x = math.floor(box[1]), math.floor(box[0])
@@ -233,7 +251,7 @@ def place_object(bits, cfg, wh, boxes, owner, full, seen):
         hides = np.bincount(owner[_window(box,cover)][cover>=2]+1, minlength=len(boxes)+1)[1:]
         if (seen-hides>=cfg.min_visible*full).all(): return label, box, cover, hides
 
-# %% ../nbs/04_data.ipynb #c026
+# %% ../nbs/04_data.ipynb #c028
 def draw_scene(
     cfg:ShapesConfig, # how it looks
     *key:int,         # seed, split, index: integers >= 0
@@ -262,7 +280,7 @@ def draw_scene(
     img = (img.clip(0,255) + f(.5)).astype(np.uint8)
     return dict(image=img, boxes=boxes[:k].astype(f), labels=labels[:k], owner=owner, visible=seen[:k]/full[:k].clip(1))
 
-# %% ../nbs/04_data.ipynb #c030
+# %% ../nbs/04_data.ipynb #c032
 class DetectionDataset(Dataset):
     "Images with boxes. `ds[i]` is (image uint8 (3,H,W), target); subclasses say how an image and its objects are come by."
     def __init__(self,
@@ -311,7 +329,7 @@ class DetectionDataset(Dataset):
         return f'{self.name} {self.split}: {len(self)} images, {objects}{len(self.classes)} classes' + (f' ({more})' if more else '')
     def __repr__(self): return f'{type(self).__name__}({self.name}, {self.split}: {len(self)} images, {len(self.classes)} classes)'
 
-# %% ../nbs/04_data.ipynb #c032
+# %% ../nbs/04_data.ipynb #c034
 class ShapesDataset(DetectionDataset):
     "The embedded set: drawn from (seed, split, index), no files."
     def __init__(self,
@@ -322,6 +340,7 @@ class ShapesDataset(DetectionDataset):
         config:ShapesConfig=None, # how it looks
         keep:int=2**31,    # largest number of bytes of images to keep in memory; a larger set is drawn anew each time
     ):
+        check_kinds(dict(n=n, seed=seed, masks=masks, config=config, keep=keep))
         if split not in _shapes_splits: raise InputError(f'split: shapes has no {split!r}; there are {", ".join(_shapes_splits)}')
         self.config, self.seed, self.masks = config or ShapesConfig(), seed, masks
         self._part, n = list(_shapes_splits).index(split), _shapes_splits[split] if n is None else n
@@ -355,7 +374,7 @@ class ShapesDataset(DetectionDataset):
         if self.kept: [self._scene(i) for i in range(len(self))]
     def __getstate__(self): return dict(self.__dict__, _images=None, _rest={})   # a worker that is not forked draws its own
 
-# %% ../nbs/04_data.ipynb #c047
+# %% ../nbs/04_data.ipynb #c049
 def _eight_bits(im):
     "A grey image of more than 8 bits, scaled to 8."
     a = np.asarray(im).astype(np.float64)
@@ -375,6 +394,9 @@ def read_image(
     "Decode an image file of any kind to RGB bytes."
     try:
         with Image.open(file) as im:
+            # A damaged PNG must fail here: asked for its EXIF it would decode, and a second decoding returns what the first one got.
+            # Not so for other formats: a TIFF turns itself as it is loaded.
+            if im.format=='PNG': im.load()
             stored, info = (im.height, im.width), im.info
             if _orientation(im)!=1:
                 turned = ImageOps.exif_transpose(im)
@@ -392,7 +414,7 @@ def read_image(
 
 def _line(e): return ' '.join(str(e).split())[:200] or type(e).__name__
 
-# %% ../nbs/04_data.ipynb #c050
+# %% ../nbs/04_data.ipynb #c052
 def probe_image(file)->tuple: # (H, W) upright, (H, W) as stored
     "Size of an image file without decoding it; an InputError where it is missing, truncated or no image."
     try:
@@ -409,7 +431,7 @@ def probe_image(file)->tuple: # (H, W) upright, (H, W) as stored
     if not whole: read_image(file)
     return stored[::-1] if turn else stored, stored
 
-# %% ../nbs/04_data.ipynb #c053
+# %% ../nbs/04_data.ipynb #c055
 @dataclass
 class Annotations:
     "What a reader found: an entry an image (files, ids, sizes (H, W) or None), an entry an object (image index, label, bbox xywh px, ...)."
@@ -433,7 +455,12 @@ def check_box(b, where:str)->list:
     if not all(abs(v)<1e9 for v in b): raise InputError(f'{where} is {str(list(b))[:60]}: NaN, infinite or absurd; correct or remove it')
     return [float(v) for v in b]
 
-# %% ../nbs/04_data.ipynb #c055
+def check_flag(v, where:str)->bool:
+    "0 or 1 in the ways that files write them, or an InputError that says `where`; null is 0."
+    if v in (0,1,'0','1',None): return v in (1,'1')                         # bool('0') would be True
+    raise InputError(f'{where} is {v!r:.60}; write 0 or 1')
+
+# %% ../nbs/04_data.ipynb #c057
 def clip_boxes(
     xywh,  # (T, 4) px, as annotated
     sizes, # (T, 2) height, width of each box's image
@@ -475,7 +502,7 @@ class FolderDataset(DetectionDataset):
             if self.form=='voc': out[-1]['difficult'] = int(c)
         return out
 
-# %% ../nbs/04_data.ipynb #c059
+# %% ../nbs/04_data.ipynb #c061
 _aliases = [('train','training'), ('val','valid','validation'), ('test','testing')]
 
 def pick_split(
@@ -502,12 +529,17 @@ def read_json(text:str, where)->object:
     try: return json.loads(text)
     except (ValueError, RecursionError) as e: raise InputError(f'{where}: broken JSON ({_line(e)}); export or download it again') from None
 
+def _is_file(f:Path)->bool:
+    "Whether there is such a file; no, too, for what the file system will not hear of, such as a name of 300 letters."
+    try: return f.is_file()
+    except (OSError, ValueError): return False
+
 def find_image(name:str, folders, where:str)->Path:
     "The first of `folders` that holds the image `name`; `where` says who asked."
     for d in folders:
-        if (d/name).is_file(): return d/name
+        if _is_file(d/name): return d/name                                    # an absolute name is its own path in any folder
     tried = ', '.join(dict.fromkeys(str(d) for d in folders if d.is_dir())) or 'any folder'
-    raise InputError(f'{where}: image {name} is not in {tried}; bring the image or remove its entry')
+    raise InputError(f'{where}: image {name[:100]} is not in {tried}; bring the image or remove its entry')
 
 def map_classes(
     names:dict,   # the source's category id -> name
@@ -520,7 +552,7 @@ def map_classes(
     spare = iter(range(max(names, default=0)+1, max(names, default=0)+1+len(classes)))   # ids for classes that this source does not have
     return classes, [first[l] if l in first else next(spare) for l in range(len(classes))], label
 
-# %% ../nbs/04_data.ipynb #c062
+# %% ../nbs/04_data.ipynb #c064
 def coco_splits(root:Path)->dict:
     "Split -> annotation file of a COCO-like folder."
     out = {f.stem[10:]:f for f in sorted(root.glob('annotations/instances_*.json'))}
@@ -541,8 +573,8 @@ def coco_images(rows, file, folders, out:Annotations)->dict:
         if (h,w)!=(None,None) and not (is_int(h) and is_int(w) and h>0 and w>0):
             raise InputError(f'{where}: width {w}, height {h} must be positive integers')
         path = find_image(r['file_name'], folders, f'{where}.file_name')
-        base = path.parents[len(Path(r['file_name']).parts)-1]
-        if base in folders: folders.remove(base); folders.insert(0, base)                      # the next one is most likely there too
+        base = next(d for d in folders if d/r['file_name']==path)
+        folders.remove(base); folders.insert(0, base)                                          # the next one is most likely there too
         index[r['id']] = len(out.files)
         out.files.append(path); out.ids.append(r['id']); out.sizes.append(None if h is None else (h,w))
     return index
@@ -582,9 +614,9 @@ def coco_object(a, where, index, names, label, out):
     box, area = check_box(a['bbox'], f'{where}.bbox'), a.get('area')
     if area is not None and not (isinstance(area,(int,float)) and abs(area)<1e18):
         raise InputError(f'{where}.area is {area}; correct or remove it')
-    out.put(index[i], label[c], box, a.get('iscrowd',0), area)
+    out.put(index[i], label[c], box, check_flag(a.get('iscrowd'), f'{where}.iscrowd'), area)
 
-# %% ../nbs/04_data.ipynb #c065
+# %% ../nbs/04_data.ipynb #c067
 def voc_splits(root:Path)->dict:
     "Split -> list file, or folder of XML files, of a VOC-like folder."
     out = {f.stem:f for f in sorted(root.glob('ImageSets/Main/*.txt'))} if (root/'Annotations').is_dir() else {}
@@ -593,9 +625,16 @@ def voc_splits(root:Path)->dict:
     names = [n for g in _aliases for n in g]
     return {d.name:d for d in (root/n for n in names) if d.is_dir() and next(d.glob('*.xml'), None)}
 
+def read_xml(file)->ET.Element:
+    "Parsed XML, or an InputError."
+    try: return ET.fromstring(read_text(file).encode())
+    except ET.ParseError as e: raise InputError(f'{file}: broken XML ({_line(e)}); export it again') from None
+
+def _object_name(o): return (o.findtext('name') or '').strip()
+
 def voc_object(o, where, one_based):
     "Name, box xywh and difficult flag of one <object>."
-    name, b = (o.findtext('name') or '').strip(), o.find('bndbox')
+    name, b = _object_name(o), o.find('bndbox')
     if not name: raise InputError(f'{where} has no name; add it or remove the object')
     if b is None: raise InputError(f'{where} ({name}) has no bndbox; add it or remove the object')
     text = [(b.findtext(k) or '').strip() for k in ('xmin','ymin','xmax','ymax')]
@@ -607,22 +646,21 @@ def voc_object(o, where, one_based):
 
 def read_voc_xml(file, one_based=True):
     "Size (H, W) or None, and the objects (name, xywh, difficult) of one VOC file."
-    try: tree = ET.fromstring(read_text(file).encode())
-    except ET.ParseError as e: raise InputError(f'{file}: broken XML ({_line(e)}); export it again') from None
+    tree = read_xml(file)
     size = [(tree.findtext(f'size/{k}') or '').strip() for k in ('height','width')]
     size = tuple(int(float(s)) for s in size) if all(re.fullmatch(r'\d+(\.0*)?', s) for s in size) else (0,0)
     return size if min(size)>0 else None, [voc_object(o, f'{file}: object {n}', one_based) for n,o in enumerate(tree.findall('object'))]
 
-# %% ../nbs/04_data.ipynb #c066
+# %% ../nbs/04_data.ipynb #c068
 def voc_classes(root, folder)->list:
     "The class names of a VOC folder: lines of classes.txt (labels.txt), else those found in all its files, sorted."
     for f in (root/'classes.txt', root/'labels.txt'):
         if f.is_file(): return list(dict.fromkeys(l.strip() for l in read_text(f).splitlines() if l.strip()))
     found = set()
     for f in folder:
-        for o in re.findall(r'<object>(.*?)</object>', f.read_text(encoding='utf-8-sig', errors='replace'), re.S):
-            found.update(n.strip() for n in re.findall(r'<name>(.*?)</name>', re.sub(r'<part>.*?</part>', '', o, flags=re.S), re.S)[:1])
-    return sorted(found)
+        try: found.update(map(_object_name, read_xml(f).findall('object')))
+        except InputError: pass                                             # reported when, and if, it is read for its split
+    return sorted(found-{''})
 
 def read_voc(root, where, split, classes=None, one_based=True)->Annotations:
     "Read VOC XML: `where` is a list of names, or a folder of XML files beside their images."
@@ -630,7 +668,7 @@ def read_voc(root, where, split, classes=None, one_based=True)->Annotations:
         xmls, folder, entry = sorted(where.glob('*.xml')), where, lambda n: where
         scan = [f for d in voc_splits(root).values() for f in sorted(d.glob('*.xml'))]
     else:
-        stem = lambda l: l if (root/'Annotations'/f'{l}.xml').is_file() else l.split()[0]   # "000012", or "000012 1"
+        stem = lambda l: l if _is_file(root/'Annotations'/f'{l}.xml') else l.split()[0]   # "000012", or "000012 1"
         lines = [(n,stem(l.strip())) for n,l in enumerate(read_text(where).splitlines(), 1) if l.strip()]
         xmls, folder, entry = [root/'Annotations'/f'{s}.xml' for _,s in lines], root/'JPEGImages', lambda n: f'{where}: line {lines[n][0]}'
         scan = sorted((root/'Annotations').glob('*.xml'))
@@ -639,7 +677,7 @@ def read_voc(root, where, split, classes=None, one_based=True)->Annotations:
     images = {f.stem:f for f in sorted(folder.iterdir()) if f.suffix.lower() in Image.registered_extensions()}
     out = Annotations('voc', classes, list(range(1, len(classes)+1)))
     for n,x in enumerate(xmls):
-        if not x.is_file(): raise InputError(f'{entry(n)}: there is no {x}; bring the annotation or remove the line')
+        if not _is_file(x): raise InputError(f'{entry(n)}: there is no {str(x)[:200]}; bring the annotation or remove the line')
         if x.stem not in images:
             raise InputError(f'{x}: its image {x.stem}.jpg is not in {folder}; bring the image or remove the annotation')
         size, objects = read_voc_xml(x, one_based)
@@ -651,7 +689,7 @@ def read_voc(root, where, split, classes=None, one_based=True)->Annotations:
             out.add(label[name], box, difficult)
     return out
 
-# %% ../nbs/04_data.ipynb #c069
+# %% ../nbs/04_data.ipynb #c071
 def crowdhuman_splits(root:Path)->dict:
     "Split -> odgt file of a CrowdHuman folder."
     return {f.stem[11:]:f for f in sorted(root.glob('annotation_*.odgt'))}
@@ -661,7 +699,7 @@ def crowdhuman_object(g, where, box, out):
     if not isinstance(g,dict): raise InputError(f'{where} is no object; download the file again')
     if box=='hbox' and g.get('tag')!='person' and 'hbox' not in g: return                       # a mask has no head
     extra = [e for e in (g.get('extra'), g.get('head_attr') if box=='hbox' else None) if isinstance(e,dict)]
-    ignore = g.get('tag')!='person' or any(e.get('ignore',0) not in (0,None) for e in extra)
+    ignore = g.get('tag')!='person' or any([check_flag(e.get('ignore'), f'{where}: ignore') for e in extra])
     out.add(0, check_box(g.get(box), f'{where}.{box}'), ignore)
 
 def read_crowdhuman(root, file, split, classes=None, box='fbox')->Annotations:
@@ -680,13 +718,23 @@ def read_crowdhuman(root, file, split, classes=None, box='fbox')->Annotations:
         for k,g in enumerate(d['gtboxes']): crowdhuman_object(g, f'{where}: gtboxes[{k}]', box, out)
     return out
 
-# %% ../nbs/04_data.ipynb #c072
+# %% ../nbs/04_data.ipynb #c074
 _forms = dict(coco=(coco_splits, read_coco), voc=(voc_splits, read_voc), crowdhuman=(crowdhuman_splits, read_crowdhuman))
 
 def _check_options(options, known, whose):
     for k in options:
         near = difflib.get_close_matches(k, known, 3) or sorted(known)
         if k not in known: raise InputError(f'{k}: {whose} has no such option; did you mean {", ".join(near)}?')
+
+def _given_once(f):
+    "Refuse an option that names an argument which is there already. Options are the user's, and Python would raise a TypeError."
+    names = list(inspect.signature(f).parameters)
+    @functools.wraps(f)
+    def call(*args, **options):
+        for k in names[:len(args)]:
+            if k in options: raise InputError(f'{k}: is no option of a data set but an argument of its own; remove it from the options')
+        return f(*args, **options)
+    return call
 
 def recognise(root:Path)->list:
     "Forms of data set (coco, voc, crowdhuman) that a folder holds; an InputError if none."
@@ -711,12 +759,13 @@ def check_images(found:Annotations, verify=True):
             raise InputError(f'{f}: is {upright[1]}x{upright[0]} px, its annotation says {size[1]}x{size[0]}; '
                              f'correct width and height, and see whether the boxes fit')
 
-# %% ../nbs/04_data.ipynb #c073
+# %% ../nbs/04_data.ipynb #c075
 def need_objects(ds):
     "An InputError if there is nothing to learn."
     if ds.report.get('objects',1)<=ds.report.get('crowd',0):
         raise InputError(f'{ds.name}: the {ds.split} split has {len(ds)} images and no object to learn from ({ds.report}); annotate some')
 
+@_given_once
 def load_folder(
     root:Path,        # the data set
     split='train',    # which part
@@ -726,6 +775,7 @@ def load_folder(
     **options,        # voc: one_based; crowdhuman: box
 )->FolderDataset:
     "Read a folder."
+    check_kinds(dict(options, verify=verify, **({} if classes is None else dict(classes=classes))))
     forms = recognise(root)
     if format is not None and format not in forms:
         raise InputError(f'format: {format!r} is not what {root} holds; take {" or ".join(forms)}')
@@ -740,6 +790,7 @@ def load_folder(
     if key.startswith('train'): need_objects(ds)
     return ds
 
+@_given_once
 def load_dataset(
     source,        # 'shapes' or a folder
     split='train', # train, val, test, or what the folder calls it
@@ -749,10 +800,11 @@ def load_dataset(
     if str(source)!='shapes': return load_folder(Path(source), split, **options)
     look = [f.name for f in fields(ShapesConfig)]
     _check_options(options, ['n','seed','masks','keep','config',*look], 'shapes')
+    check_kinds(options)
     looks = {k:options.pop(k) for k in look if k in options}
     return ShapesDataset(split, **dict(options, config=replace(options.get('config') or ShapesConfig(), **looks)))
 
-# %% ../nbs/04_data.ipynb #c078
+# %% ../nbs/04_data.ipynb #c080
 def save_coco(
     ds:DetectionDataset, # any data set
     folder,              # where to; several splits may share one
@@ -769,18 +821,20 @@ def save_coco(
     gt['annotations'] = [a for a in gt['annotations'] if a['image_id'] in ids]
     (folder/'annotations'/f'instances_{ds.split}.json').write_text(json.dumps(gt))
 
-# %% ../nbs/04_data.ipynb #c081
+# %% ../nbs/04_data.ipynb #c083
 class ShortSide(v2.Transform):
-    "Resize so that the short side is one of `sizes` px (drawn at random), or less where the long side would exceed `max_size`."
-    def __init__(self, sizes, max_size=None):
+    """Resize so that the short side is one of `sizes` px (drawn at random), or less where the long side would exceed `max_size`.
+    Without `sizes` the images whose long side exceeds `max_size` are shrunk to it, the others stay as they are."""
+    def __init__(self, sizes=None, max_size=None):
         super().__init__()
-        self.sizes, self.max_size = [sizes] if isinstance(sizes,int) else list(sizes), max_size
-        if min(self.sizes)<1 or (max_size is not None and max_size<max(self.sizes)):
+        self.sizes, self.max_size = [sizes] if isinstance(sizes,int) else list(sizes or ()), max_size
+        if not self.sizes and (max_size is None or max_size<2): raise InputError(f'max_size: {max_size}; take 2 px or more, or give a size')
+        if self.sizes and (min(self.sizes)<1 or (max_size is not None and max_size<max(self.sizes))):
             raise InputError(f'size: short side {self.sizes} px needs to be at least 1 and at most max_size {max_size}')
     def make_params(self, flat_inputs):
         h,w = v2.functional.get_size(next(x for x in flat_inputs if isinstance(x,(tv_tensors.Image, Image.Image))))
-        short = self.sizes[int(torch.randint(len(self.sizes), ()))] if len(self.sizes)>1 else self.sizes[0]
-        r = short/min(h,w)
+        r = 1
+        if self.sizes: r = self.sizes[int(torch.randint(len(self.sizes), ())) if len(self.sizes)>1 else 0]/min(h,w)
         if self.max_size: r = min(r, self.max_size/max(h,w))
         return dict(size=[max(1,round(h*r)), max(1,round(w*r))])
     def transform(self, inpt, params): return v2.functional.resize(inpt, params['size'], antialias=True)
@@ -816,28 +870,28 @@ class Transforms(nn.Module):
                 if k in target: target[k] = tv_tensors.wrap(target[k][keep], like=target[k]) if k=='masks' else target[k][keep]
         target['boxes'] = tv_tensors.BoundingBoxes(target['boxes'], format='XYXY', canvas_size=size)
 
-# %% ../nbs/04_data.ipynb #c084
+# %% ../nbs/04_data.ipynb #c086
 def train_transforms(
-    size:int=None,     # px, short side; None leaves images as they are
-    max_size:int=None, # px, limit of the long side
+    size:int=None,     # px, short side; None leaves images as they are, up to `max_size`
+    max_size:int=None, # px, limit of the long side: images that would exceed it are shrunk to it
     flip:float=.5,     # probability of a horizontal flip
     photometric:bool=False, # random brightness, contrast, saturation, hue
     scales=None,       # short sides to draw from instead of `size` (multi-scale training)
 )->Transforms:
     "Random transforms for training."
-    steps = [ShortSide(scales or size, max_size)] if scales or size else []
+    steps = [ShortSide(scales or size or None, max_size)] if scales or size or max_size else []
     if flip: steps.append(v2.RandomHorizontalFlip(flip))
     if photometric: steps.append(v2.ColorJitter(.3, .3, .3, .05))
     return Transforms(steps)
 
 def eval_transforms(
-    size:int=None,     # px, short side; None leaves images as they are
-    max_size:int=None, # px, limit of the long side
+    size:int=None,     # px, short side; None leaves images as they are, up to `max_size`
+    max_size:int=None, # px, limit of the long side: images that would exceed it are shrunk to it
 )->Transforms:
     "The same resizing without chance."
-    return Transforms([ShortSide(size, max_size)] if size else [])
+    return Transforms([ShortSide(size or None, max_size)] if size or max_size else [])
 
-# %% ../nbs/04_data.ipynb #c086
+# %% ../nbs/04_data.ipynb #c089
 @contextmanager
 def item_seed(*key):
     "Inside, torch's CPU generator is a function of `key` (integers >= 0) alone; afterwards it is what it was."
@@ -864,7 +918,7 @@ class Items(Dataset):
             if not keep.all(): target.update({k:target[k][keep] for k in _per_object if k in target})
         return image.as_subclass(Tensor), target
 
-# %% ../nbs/04_data.ipynb #c090
+# %% ../nbs/04_data.ipynb #c093
 class BatchOrder(Sampler):
     "Batches of (epoch, index) for an epoch, a pure function of (seed, epoch); `start` batches are skipped, once."
     def __init__(self,
@@ -900,7 +954,7 @@ class BatchOrder(Sampler):
         epoch, start, self.start = self.epoch, self.start, 0
         for batch in self.batches(epoch)[start:]: yield [(epoch,i) for i in batch]
 
-# %% ../nbs/04_data.ipynb #c093
+# %% ../nbs/04_data.ipynb #c096
 def collate(items):
     "(list of images, list of targets), or the first error among the items."
     bad = next((x for x in items if isinstance(x, Exception)), None)

@@ -65,7 +65,13 @@ def test_shapes_masks_sizes_and_pickle():
 
 @pytest.mark.parametrize('options, word', [(dict(split='dev'), 'train, val, test'), (dict(n=0), 'n: 0'), (dict(seed=-1), 'seed'), (dict(image_size=4), 'image_size'),
     (dict(classes=('disk',)), 'disk'), (dict(classes=()), 'classes'), (dict(objects=(0,3)), 'objects'), (dict(sides=(50,.1)), 'sides'), (dict(aspect=.5), 'aspect'),
-    (dict(noize=3), 'noise'), (dict(contrast=40.), 'two numbers')])
+    (dict(noize=3), 'noise'), (dict(contrast=40.), 'two numbers'),
+    (dict(n=10.5), 'n: 10.5'), (dict(seed='x'), "seed: 'x'"), (dict(seed=1.5), 'seed'), (dict(image_size='a'), 'image_size'), (dict(image_size=64.5), 'image_size'),
+    (dict(image_size=(64,)), 'image_size'), (dict(objects=('a','b')), 'objects'), (dict(objects=(1.5,4)), 'objects'), (dict(sides=(10,'x')), 'sides'),
+    (dict(aspect='x'), 'aspect'), (dict(noise='x'), 'noise'), (dict(noise=float('nan')), 'noise'), (dict(texture=True), 'texture'), (dict(clutter='x'), 'clutter'),
+    (dict(clutter=1.5), 'clutter'), (dict(contrast=('a',1)), 'contrast'), (dict(max_iou='x'), 'max_iou'), (dict(min_visible=None), 'min_visible'), (dict(rotate='False'), 'rotate'),
+    (dict(masks='no'), 'masks'), (dict(keep='x'), 'keep'), (dict(config=3), 'config'), (dict(classes='disc'), "classes: 'disc' must be a list"), (dict(classes=5), 'classes'),
+    (dict(classes=['disc','disc']), 'classes'), (dict(source='x'), 'source')])
 def test_shapes_bad_options(options, word):
     with pytest.raises(InputError, match=word): load_dataset('shapes', **options)
 
@@ -199,6 +205,18 @@ def test_not_a_data_set(tmp_path):
     complains(tmp_path/'inner', 'format', 'coco', format='voc'); complains(tmp_path/'inner', 'classes', 'option', clases=['a'])
     (tmp_path/'v/Annotations').mkdir(parents=True); (tmp_path/'v/JPEGImages').mkdir(); complains(tmp_path/'v', 'ImageSets/Main/train.txt')
 
+@pytest.mark.parametrize('options, words', [(dict(one_based='False'), ['one_based', 'true or false']), (dict(one_based=0), ['one_based']), (dict(verify='no'), ['verify']),
+    (dict(classes='person'), ["classes: 'person'", 'list']), (dict(classes=5), ['classes']), (dict(classes=['cat',1]), ['classes']), (dict(classes=['cat','cat']), ['classes']),
+    (dict(root='x'), ['root']), (dict(source='x'), ['source']), (dict(split='val'), ['split: ', 'remove it from the options']), (dict(where='x'), ['where']), (dict(file='x'), ['file'])])
+def test_bad_options_of_a_folder(options, words):
+    with pytest.raises(InputError) as e: load_dataset(BCCD, 'train', **dict(dict(format='voc'), **options))
+    assert all(w in str(e.value) for w in words) and '\n' not in str(e.value)
+
+def test_the_split_by_name_or_place():
+    assert load_dataset('shapes', split='val').split=='val' and load_dataset(BCCD, split='test').split=='test' and load_dataset(BCCD).split=='train'
+    assert load_dataset(source='shapes', split='val').split=='val'
+    with pytest.raises(InputError, match='split: .*remove it from the options'): load_dataset('shapes', 'val', **dict(split='train'))
+
 def change(path, value):
     "A fault: set (or with KeyError delete) one entry of the COCO dict."
     def fault(d):
@@ -219,9 +237,23 @@ nan, inf = float('nan'), float('inf')
     (change(['annotations',0,'bbox'], KeyError), ['no bbox']), (change(['annotations',0], 3), ['annotations[0]']), (change(['annotations',0,'area'], nan), ['area']),
     (change(['images',1,'file_name'], 'gone.png'), ['images[1]', 'gone.png']), (change(['images',1,'id'], 7), ['images[1]', 'id 7', 'images[0]']),
     (change(['images',1,'id'], 'x'), ['images[1]', 'integer id']), (change(['images',1,'width'], -3), ['images[1]', 'width -3']), (change(['images',1,'width'], 81), ['1.png', '80x60', '81x60']),
+    (change(['images',1,'file_name'], 'x'*300+'.png'), ['images[1].file_name', 'xxx']), (change(['images',1,'file_name'], '/nowhere/1.png'), ['images[1].file_name', '/nowhere/1.png']),
+    (change(['images',1,'file_name'], 'a\0b.png'), ['images[1].file_name']),
+    *((change(['annotations',1,'iscrowd'], v), ['annotations[1] (id 110).iscrowd', 'write 0 or 1']) for v in ('false', 2, -1, nan, [1], {}, '')),
     (change(['categories',0,'id'], 5), ['share an id']), (change(['categories',0], 'dog'), ['categories[0]']), (change(['annotations'], []), ['no object'])])
 def test_coco_faults(tmp_path, fault, words):
     d = coco_dict(); fault(d); complains(write_coco(tmp_path, d), *words)
+
+@pytest.mark.parametrize('value, crowd', [(0,False), (1,True), (False,False), (True,True), ('0',False), ('1',True), (None,False)])
+def test_coco_iscrowd_in_all_its_spellings(tmp_path, value, crowd):
+    d = coco_dict(); d['annotations'][1]['iscrowd'] = value
+    assert load_dataset(write_coco(tmp_path, d))[1][1]['crowd'].tolist()==[crowd]
+
+def test_coco_absolute_file_names(tmp_path):
+    d = coco_dict(); root = write_coco(tmp_path/'set', d); (root/'train/2.png').rename(tmp_path/'2.png')
+    for r in d['images'][1:]: r['file_name'] = str((root/'train' if r['id']==17 else tmp_path)/r['file_name'])      # one within the set, one beside it
+    (root/'annotations/instances_train.json').write_text(json.dumps(d)); ds = load_dataset(root)
+    assert ds.files==[root/'train/0.png', root/'train/1.png', tmp_path/'2.png'] and [int(im[0,0,0]) for im,_ in ds]==[0,40,80]
 
 def test_coco_broken_files(tmp_path):
     root = write_coco(tmp_path, coco_dict()); f = root/'annotations/instances_train.json'; text = f.read_text()
@@ -250,6 +282,17 @@ def test_classes_must_agree(tmp_path):
     (voc_xml().replace('bndbox','polygon'), ['1.xml', 'no bndbox'])])
 def test_voc_faults(tmp_path, xml, words):
     root = write_voc(tmp_path); (root/'Annotations/1.xml').write_text(xml); complains(root, *words)
+
+@pytest.mark.parametrize('old, new, classes', [('<name>cat', '<name>R&amp;B', ['R&B']), ('<object>', '<object id="1">', ['cat']), ('<name>cat', '<name><![CDATA[cat]]>', ['cat']),
+    ('<object>', '<!-- <object><name>ghost</name></object> --><object>', ['cat']), ('<name>cat', '<part><name>head</name></part><name> cat\n', ['cat'])])
+def test_voc_classes_are_those_that_the_reader_finds(tmp_path, old, new, classes):
+    root = write_voc(tmp_path, voc_xml().replace(old, new)); ds = load_dataset(root)
+    assert ds.classes==classes and ds.report['objects']==3 and all(t['labels'].tolist()==[0] for _,t in ds)
+
+def test_voc_broken_file_of_another_split(tmp_path):
+    root = write_voc(tmp_path); (root/'Annotations/9.xml').write_text('<annotation'); (root/'Annotations/8.xml').write_bytes(b'\xff\xfe')
+    assert load_dataset(root).classes==['cat']
+    (root/'ImageSets/Main/train.txt').write_text('0\n'+'x'*300+'\n'); complains(root, 'train.txt: line 2', 'xxx')
 
 def test_voc_missing_files(tmp_path):
     root = write_voc(tmp_path)
@@ -285,6 +328,19 @@ def test_damaged_images_are_found_at_the_door(tmp_path, kind):
     complains(root, str(f), 'cannot be read')
     ds = load_dataset(root, verify=False)                                                                # who does not look finds it later, with the same words
     with pytest.raises(InputError, match='cannot be read'): ds[1]
+
+@pytest.mark.parametrize('damage', [lambda b: b[:3000]+b[9000:], lambda b: b[:3000]+bytes(255-x for x in b[3000:3004])+b[3004:], lambda b: b[:9000]+b[b.rindex(b'IEND')-4:]])
+@pytest.mark.parametrize('exif', [False, True])
+def test_png_damaged_in_the_middle_is_not_half_an_image(tmp_path, damage, exif):
+    f = tmp_path/'a.png'; e = Image.Exif(); e[0x112] = 6
+    Image.fromarray(np.random.default_rng(0).integers(0,255,(200,200,3)).astype(np.uint8)).save(f, **(dict(exif=e) if exif else {}))
+    f.write_bytes(damage(f.read_bytes()))
+    with pytest.raises(InputError, match='a.png: cannot be read'): read_image(f)
+
+def test_tiff_is_turned_once(tmp_path):
+    e = Image.Exif(); e[0x112] = 6; a = np.zeros((20,40,3), np.uint8); a[:,:20] = 255
+    Image.fromarray(a).save(tmp_path/'a.tif', exif=e); im = read_image(tmp_path/'a.tif')
+    assert im.shape==(3,40,20) and (im[:,:20]==255).all() and (im[:,20:]==0).all()
 
 def test_png_without_its_end_mark_has_all_its_pixels(tmp_path):
     f = write_coco(tmp_path, coco_dict())/'train/1.png'; f.write_bytes(f.read_bytes()[:-12])
@@ -383,11 +439,23 @@ def test_a_users_own_steps(scene, seed):
     assert out.shape==(3,16,16) and len({len(s[k]) for k in ('boxes','labels','crowd','area','masks')})==1
     if len(b): assert b.min()>=0 and b.max()<=16 and ((b[:,2:]-b[:,:2])>=1).all()
 
+@few
+@given(scene=scenes(), limit=st.integers(2,100))
+def test_a_limit_without_a_size(scene, limit):
+    image, t = scene; h,w = image.shape[-2:]; r = min(1, limit/max(h,w))
+    for tf in (eval_transforms(None, limit), train_transforms(0, limit, flip=0)):
+        out, s = tf(image, t); H,W = out.shape[-2:]
+        assert (H,W)==(max(1,round(h*r)), max(1,round(w*r))) and max(H,W)<=limit and s['boxes'].canvas_size==(H,W)
+        if r==1: assert torch.equal(out, eval_transforms()(image))                                        # untouched, to the bit
+    assert tf(image).shape==(3,H,W)
+
 def test_plain_images_for_prediction():
     for im in (torch.zeros(3,40,80, dtype=torch.uint8), Image.new('RGB',(80,40)), tv_tensors.Image(torch.zeros(3,40,80, dtype=torch.uint8))):
         out = eval_transforms(20, 30)(im); assert out.shape==(3,15,30) and out.dtype==torch.float32
     assert eval_transforms()(torch.zeros(3,7,9)).shape==(3,7,9)
     with pytest.raises(InputError, match='max_size'): train_transforms(800, 600)
+    with pytest.raises(InputError, match='max_size'): eval_transforms(None, -3)
+    with pytest.raises(InputError, match='max_size'): ShortSide()
 
 def test_multi_scale_uses_all_scales():
     image, t = ShapesDataset('val', n=1)[0]; tf = train_transforms(scales=(32,48,64))
