@@ -767,6 +767,8 @@ def load_detector(
     wrong = [k for k in ours.keys() | state.keys() if k not in ours or k not in state or ours[k].shape != state[k].shape]
     if wrong: raise InputError(
         f"{file}: does not fit the configuration (first at {sorted(wrong)[0]}, {len(wrong)} in all); give the checkpoint of the same run")
+    bad = next((k for k,v in state.items() if v.is_floating_point() and not v.isfinite().all()), None)
+    if bad: raise InputError(f"{file}: {bad} has values that are not finite numbers, so its training diverged; give another checkpoint")
     model.load_state_dict(state)
     model._config['weights'], model.classes = config.get('weights','none'), classes
     return model.to(device).eval()

@@ -6,11 +6,11 @@
 __all__ = ['REFERENCE_FPPI', 'METRICS', 'match_detections', 'precision_recall', 'average_precision', 'coco_results',
            'evaluate_coco', 'coco_table', 'match_voc', 'evaluate_voc', 'miss_rate', 'jaccard_index',
            'evaluate_crowdhuman', 'rescale_boxes', 'detecting', 'predict_dataset', 'run_config', 'match_classes',
-           'pick_device', 'write_json', 'compute_metrics', 'metrics_text', 'underscored', 'exit_code', 'Parser',
-           'add_inference', 'make_parser', 'run_sizes', 'evaluate_run', 'main']
+           'pick_device', 'write_json', 'compute_metrics', 'metrics_text', 'underscored', 'nobody_reads', 'exit_code',
+           'Parser', 'add_inference', 'parse_pair', 'make_parser', 'run_sizes', 'evaluate_run', 'main']
 
 # %% ../nbs/15_evaluate.ipynb #c002
-import argparse, contextlib, importlib.util, io, json, os, sys, tempfile
+import argparse, ast, contextlib, importlib.util, io, itertools, json, os, sys, tempfile
 from collections import defaultdict
 from pathlib import Path
 import numpy as np
@@ -338,12 +338,14 @@ def run_config(
 def match_classes(
     classes:list, # the run's class names, in the order of its labels
     ds,           # DetectionDataset
+    used=None,    # category ids that its annotations have; None: all that it declares
 )->list: # label of the run -> category id of the data set
-    "Which category of the data set each label of the run is, by name."
-    if sorted(classes) != sorted(ds.classes):
+    "Which category of the data set each label of the run is, by name; a class that the data set lacks gets an id of its own."
+    ids = dict(zip(ds.classes, ds.category_ids)); spare = itertools.count(max(ds.category_ids, default=0) + 1)
+    if any(c not in classes for c,i in ids.items() if used is None or i in used):
         raise InputError(f"the classes differ: the run has {', '.join(classes)}; {ds.name} ({ds.split}) has {', '.join(ds.classes)}; "
                          "evaluate on a data set with the run's classes")
-    return [ds.category_ids[list(ds.classes).index(c)] for c in classes]
+    return [ids[c] if c in ids else next(spare) for c in classes]
 
 def _one_line(e): return ' '.join(str(e).split())[:300] or type(e).__name__
 
@@ -409,6 +411,11 @@ def underscored(argv):
     name = lambda o: (start := '--no-' if o.startswith('--no-') else '--') + o[len(start):].replace('-','_')
     return [name(a.partition('=')[0]) + a[len(a.partition('=')[0]):] if a.startswith('--') and len(a)>2 else a for a in argv]
 
+def nobody_reads()->int: # exit code
+    "Whoever read our output has gone (`| head`): what is left of it goes nowhere."
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+
 def exit_code(
     work, # what the command does
 )->int: # 0, or 2 after bad input, 1 when the machine failed, 130 after Ctrl-C, 141 when nobody reads the output
@@ -416,9 +423,7 @@ def exit_code(
     try: work(); sys.stdout.flush(); return 0
     except InputError as e: code, text = 2, f'error: {_one_line(e)}'
     except torch.OutOfMemoryError as e: code, text = 1, f'error: {_one_line(e)[:150]}; take a smaller --batch_size'
-    except BrokenPipeError:                                                     # whoever read our output has gone (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError: return nobody_reads()
     except OSError as e: code, text = 1, f'error: {_one_line(e)}'
     except KeyboardInterrupt: code, text = 130, 'stopped'
     print(text, file=sys.stderr)
@@ -448,11 +453,15 @@ def _share(s):
 def _count(s):
     if (v := int(s)) < 1: raise argparse.ArgumentTypeError(f'{s} is less than 1')
     return v
-def _key_value(s):
-    key,eq,value = s.partition('=')
-    if not eq: raise argparse.ArgumentTypeError(f'{s!r} is not KEY=VALUE')
-    try: return key, json.loads(value)
-    except ValueError: return key, value
+def _none_or_more(s):
+    if (v := int(s)) < 0: raise argparse.ArgumentTypeError(f'{s} is less than 0')
+    return v
+def parse_pair(s:str)->tuple: # key, value
+    "'key=value' with the value as a Python literal; what is none is a word. The options of every command are read by this."
+    key, eq, value = s.partition('=')
+    if not (eq and key.isidentifier()): raise argparse.ArgumentTypeError(f'{s!r} is not key=value')
+    try: return key, ast.literal_eval({'true':'True', 'false':'False', 'none':'None'}.get(value.lower(), value))
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError): return key, value
 
 def make_parser():
     "The command line of `python -m ala_nb.evaluate`."
@@ -461,13 +470,13 @@ def make_parser():
     d = p.add_argument_group('data')
     d.add_argument('--data', metavar='DIR', help="'shapes' or a folder in COCO, VOC or CrowdHuman form [what the run was trained on]")
     d.add_argument('--split', help="train, val, test or what the folder calls it [what the run was validated on: val]")
-    d.add_argument('--data_options', nargs='*', type=_key_value, metavar='KEY=VALUE',
+    d.add_argument('--data_options', nargs='*', type=parse_pair, metavar='KEY=VALUE',
         help="options of the data set [the run's, if it is the run's data]")
     d.add_argument('--size', type=int, metavar='PX', help="short side the images are resized to, 0: not resized [the run's]")
     d.add_argument('--max_size', type=int, metavar='PX', help="limit of the long side, 0: none [the run's]")
     g,m = add_inference(p)
     g.add_argument('--score_threshold', type=_share, metavar='S', help="detections below it are left out [the run's]")
-    m.add_argument('--workers', type=int, default=0, metavar='N', help='processes that load images [0: load in this one]')
+    m.add_argument('--workers', type=_none_or_more, default=0, metavar='N', help='processes that load images [0: load in this one]')
     e = p.add_argument_group('metrics')
     e.add_argument('--metrics', nargs='+', choices=METRICS, default=['coco'], help='[coco]; voc07 is VOC with 11 points')
     e.add_argument('--backend', choices=('faster','pycocotools'), default='faster',
@@ -503,13 +512,16 @@ def evaluate_run(
     own = trained.get('data','shapes'); data, split = own if data is None else data, split or trained.get('val_split','val')
     if data_options is None: data_options = trained.get('data_options', {}) if Path(data).absolute() == Path(own).absolute() else {}
     ds = load_dataset(data, split, **data_options)
-    ids, truth = match_classes(config['classes'], ds), ds.ground_truth()
+    truth = ds.ground_truth(); ids = match_classes(config['classes'], ds, {a['category_id'] for a in truth['annotations']})
+    truth['categories'] = [dict(id=i, name=c) for i,c in zip(ids, config['classes'])]
     if all(a.get('iscrowd') for a in truth['annotations']):
         raise InputError(f'{ds.name}: split {split} holds no object to find, so there is nothing to evaluate')
     device = pick_device(device)
     results = predict_dataset(load_detector(run, checkpoint), ds, eval_transforms(*run_sizes(config, size, max_size)), batch_size, workers,
         device, progress, ids, **how)
-    return compute_metrics(truth, results, metrics, backend, max_dets), results
+    found = compute_metrics(truth, results, metrics, backend, max_dets)
+    if progress: print(ds.summary())                                            # also how many boxes it had to drop
+    return found, results
 
 def main(
     argv=None, # list of arguments; None: of the command line
@@ -518,6 +530,8 @@ def main(
     def work():
         a = vars(make_parser().parse_args(underscored(argv)))
         run, out, results_file = Path(a.pop('run')), a.pop('out'), a.pop('results')
+        if out and results_file and Path(out).resolve() == Path(results_file).resolve():
+            raise InputError(f'--out and --results are the same file, {out}; name two')
         for f in (out, results_file):
             if f and not (Path(f).parent.is_dir() and not Path(f).is_dir()):
                 raise InputError(f'{f}: cannot be written, its folder does not exist or it is a folder')

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision import tv_tensors
 from .geometry import InputError
-from .data import eval_transforms, probe_image, read_image, read_json
+from .data import eval_transforms, probe_image, read_image, read_json, read_text
 from .detector import load_detector
 from .evaluate import (Parser, _share, add_inference, detecting, exit_code, pick_device, rescale_boxes, run_config, run_sizes,
     underscored, write_json)
@@ -27,10 +27,14 @@ def as_image(
     "One image, as the detector's transforms want it."
     if isinstance(x, (str, os.PathLike)): return read_image(x)
     if isinstance(x, Image.Image):
+        exif = x.getexif()
+        if x.mode not in ('1','L','LA','P','RGB','RGBA') and x.mode[0] not in 'IF':     # a PNG has no such mode
+            try: x = x.convert(dict(PA='RGBA', RGBa='RGBA', La='LA').get(x.mode, 'RGB'))
+            except ValueError: raise InputError(f'a PIL image of mode {x.mode}: Pillow cannot make RGB of it; give RGB') from None
         with tempfile.SpooledTemporaryFile() as f:  # PIL's many modes go the way of files, so there is one place that knows them
-            x.save(f, 'TIFF' if x.mode == 'F' else 'PNG', **({'exif':x.getexif()} if x.getexif() else {})); f.seek(0)
+            x.save(f, 'TIFF' if x.mode[0] in 'IF' else 'PNG', **({'exif':exif} if exif else {})); f.seek(0)
             return read_image(f)
-    t = torch.as_tensor(x)
+    t = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x)     # torch takes no view that runs backwards
     if isinstance(x, np.ndarray): t = (t[...,None].expand(*t.shape, 3) if t.ndim == 2 else t).permute(2,0,1) if t.ndim in (2,3) else t
     if t.ndim != 3 or t.shape[0] != 3 or not t.numel():
         raise InputError(f'an image of shape {tuple(x.shape)}: arrays are (H, W) or (H, W, 3), tensors (3, H, W)')
@@ -154,7 +158,7 @@ def data_set_ids(
     classes:list,
 ): # image id of each file, category id of each class
     "The ids that a data set gave to images (by file name) and classes (by name)."
-    gt = read_json(Path(annotations).read_text(encoding='utf-8'), annotations) if Path(annotations).is_file() else None
+    gt = read_json(read_text(annotations), annotations) if Path(annotations).is_file() else None
     if not (isinstance(gt, dict) and isinstance(gt.get('images'), list) and isinstance(gt.get('categories'), list)):
         raise InputError(f'--annotations {annotations}: not a COCO JSON file with images and categories')
     try: images, names = {Path(r['file_name']).name:r['id'] for r in gt['images']}, {r['name']:r['id'] for r in gt['categories']}
@@ -235,7 +239,7 @@ def predict_files(
     check_out(out, [n for n in names if n]+['predictions.json'], files, overwrite)
     model = load_detector(run, checkpoint).to(pick_device(device))
     readable = check_inputs(files, skip_unreadable)
-    names = [n for f,n in zip(files, names) if f in set(readable)]
+    kept = set(readable); names = [n for f,n in zip(files, names) if f in kept]
     ids, categories = data_set_ids(annotations, readable, classes) if annotations else (range(1,len(readable)+1), range(1,len(classes)+1))
     with staging(out) as stage:
         rows, found = [], []
@@ -262,7 +266,7 @@ def make_parser():
     p.add_argument('inputs', nargs='+', metavar='IMAGE_OR_DIR', help='image files, and folders of them')
     o = p.add_argument_group('output')
     o.add_argument('--out', required=True, metavar='DIR', help='folder for the pictures and predictions.json; it is made')
-    o.add_argument('--overwrite', action='store_true', help='replace what an earlier prediction left there')
+    o.add_argument('--overwrite', action='store_true', help='write over predictions.json and over pictures of the same names; whatever else is there stays')
     o.add_argument('--pictures', action=argparse.BooleanOptionalAction, default=True,
         help='with or without pictures, or the JSON alone [with]')
     o.add_argument('--annotations', metavar='FILE', help="COCO JSON of a data set; the results take its image and category ids")

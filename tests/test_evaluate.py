@@ -383,6 +383,42 @@ def test_command_with_bad_input(bccd, tmp_path, monkeypatch, capsys, argv, says)
     out = capsys.readouterr()
     assert out.out == '' and out.err.startswith('error: ') and out.err.count('\n') == 1 and says in out.err
 
+def test_a_split_with_fewer_classes(bccd, tmp_path, monkeypatch):
+    "The run's labels keep their meaning; a class that the split lacks is not measured."
+    class Shifted(Oracle):
+        def forward(self, images): return [o | dict(labels=o['labels']+1) for o in super().forward(images)]
+    monkeypatch.setattr(E, 'load_detector', lambda *a: Shifted(bccd))
+    run = fake_run(tmp_path/'run', ['unicorn', *bccd.classes], data=str(ROOT/'tests'/'data'/'bccd'), val_split='test')
+    m, results = E.evaluate_run(run, device='cpu', metrics=E.METRICS)
+    assert m['coco']['AP'] == pytest.approx(1, abs=1e-9) and m['coco']['per_class']['unicorn']['AP'] == -1
+    assert {r['category_id'] for r in results} <= set(bccd.category_ids)
+
+def test_one_parser_of_options():
+    from ala_nb import train as T
+    assert T.parse_pair is E.parse_pair
+    options = ['one_based=False', 'box=fbox', 'n=3', 'classes=("a","b")', 'verify=FALSE', 'format=None']
+    a = E.make_parser().parse_args(['run', '--data_options', *options])
+    assert dict(a.data_options) == dict(one_based=False, box='fbox', n=3, classes=('a','b'), verify=False, format=None)
+    assert T.parse(['--data_options', *options])[0].data_options == dict(a.data_options)
+
+def test_two_outputs_are_two_files(tmp_path, capsys):
+    assert E.main([tmp_path, '--out', tmp_path/'a.json', '--results', f'{tmp_path}/./a.json']) == 2
+    assert 'a.json' in capsys.readouterr().err and not (tmp_path/'a.json').exists()
+
+@pytest.mark.parametrize('name', ['cls', 'box'])
+def test_weights_that_are_no_numbers(real_run, tmp_path, capsys, name):
+    import shutil
+    from ala_nb import predict as P
+    from ala_nb.detector import load_detector, save_weights
+    run, model = tmp_path/'run', load_detector(real_run); shutil.copytree(real_run, run)
+    with torch.no_grad(): getattr(model.head, name).weight[0] = math.nan
+    save_weights(model, run/'best.safetensors')
+    for main, args in ((E.main, []), (P.main, [ROOT/'tests'/'data'/'bccd'/'JPEGImages', '--out', tmp_path/'out'])):
+        assert main([run, *args, '--device', 'cpu']) == 2
+        err = capsys.readouterr().err
+        assert err.count('\n') == 1 and 'best.safetensors' in err and 'finite' in err, err
+    assert not (tmp_path/'out').exists()
+
 def test_command_without_objects(bccd, tmp_path, monkeypatch, capsys):
     from PIL import Image
     (tmp_path/'d'/'val').mkdir(parents=True); (tmp_path/'d'/'annotations').mkdir()

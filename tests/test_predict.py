@@ -83,6 +83,18 @@ def test_api_takes_arrays_tensors_and_pil(x):
     (out,) = P.predict(Spots(), x, score_threshold=.5)
     assert out['boxes'].tolist() == [list(SPOT)] and out['names'] == ['spot'] and out['scores'].tolist() == [.75]
 
+@pytest.mark.parametrize('mode', ['CMYK', 'YCbCr', 'LAB', 'HSV', 'I', 'PA', 'RGBX', 'P', 'LA', '1', 'La', 'RGBa'])
+def test_api_takes_pil_images_of_every_mode(mode):
+    grey = Image.fromarray(spot())
+    how = dict(LAB='RGB', HSV='RGB', La='LA', RGBa='RGBA', PA='P').get(mode)
+    x = Image.fromarray(spot().astype(np.int32)*257) if mode == 'I' else (grey.convert(how) if how else grey).convert(mode)
+    (out,) = P.predict(Spots(), x, score_threshold=.5)
+    assert out['boxes'].tolist() == [list(SPOT)]
+
+def test_api_takes_views():
+    a = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    assert torch.equal(P.as_image(a[:,:,::-1]), P.as_image(a).flip(0)) and torch.equal(P.as_image(a[::-1,::2]), P.as_image(a).flip(1)[...,::2])
+
 @pytest.mark.parametrize('bad',
     [np.zeros((4, 5, 4), np.uint8), np.zeros((0, 5, 3), np.uint8), torch.zeros(1, 4, 5), torch.full((3, 4, 5), 2.),
     torch.full((3, 4, 5), torch.nan),
@@ -134,6 +146,10 @@ def test_ids_of_a_data_set(model, run, tmp_path):
     assert [(i['id'], Path(i['file_name']).name) for i in said['images']] == [(9, 'x.png'), (70, 'y.png')] and {a['category_id']
         for a in said['annotations']} == {4}
     assert evaluate_coco(load_dataset(d, 'val').ground_truth(), said['annotations'])['AP'] == pytest.approx(1)
+    file.write_text(json.dumps(gt), encoding='utf-8-sig')                             # as some Windows programs write it
+    assert P.data_set_ids(file, [d/'val'/'x.png'], ['spot']) == ([9], [4])
+    file.write_bytes(json.dumps(gt | dict(note='f\xfcr'), ensure_ascii=False).encode('latin-1'))
+    with pytest.raises(InputError, match='instances_val.json: cannot be read as text'): P.data_set_ids(file, [d/'val'/'x.png'], ['spot'])
     for change, says in ((dict(images=[]), 'no image x.png'), (dict(categories=[dict(id=4, name='spot')]), "no class 'all'"),
             (dict(images=3), 'not a COCO'), (dict(images=[{}]), 'file_name')):
         file.write_text(json.dumps(gt | change))
@@ -148,7 +164,8 @@ def test_same_names_do_not_meet(model, run, folder, tmp_path):
 def test_overwrite_and_inputs_that_must_stay(model, run, folder, tmp_path):
     out = tmp_path/'out'; P.predict_files(run, [folder], out); before = {p: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(InputError, match='--overwrite'): P.predict_files(run, [folder], out)
-    P.predict_files(run, [folder/'a.png'], out, overwrite=True); assert len(json.loads((out/'predictions.json').read_text())['images']) == 1
+    P.predict_files(run, [folder/'a.png'], out, overwrite=True); assert files(out) == ['a.png', 'b.png', 'c.jpg', 'predictions.json'] # the others stay
+    assert len(json.loads((out/'predictions.json').read_text())['images']) == 1
     for over in (False, True):
         with pytest.raises(InputError, match='is an input'): P.predict_files(run, [folder], folder, overwrite=over)
     assert {p: p.read_bytes() for p in folder.iterdir()} == before

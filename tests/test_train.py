@@ -1,5 +1,5 @@
 "The command `python -m ala_nb.train`: whole runs, bad input, and runs that are killed."
-import csv, dataclasses, json, math, os, random, signal, subprocess, sys, time
+import csv, dataclasses, json, math, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from hypothesis import given, strategies as st
@@ -8,6 +8,8 @@ from ala_nb import train as T
 from ala_nb.data import load_dataset, save_coco
 from ala_nb.geometry import InputError
 from ala_nb.train import Table
+
+PICTURES = T.save_pictures
 
 TINY = dict(train_images=24, val_images=6, batch_size=4, epochs=3, eval_every=1, log_every=2, threads=1)
 
@@ -109,7 +111,7 @@ def test_settings_of_another_run(reference):
     config, run, _ = T.parse(['--config', str(reference[0]), '--lr', '0.5'])
     assert (config.train_images, config.lr, config.out, run) == (24, .5, '', None)
     assert config.method_options == dict(ranges=(24,48))
-    assert T.parse(['--config', str(reference[0]), '--method', 'o2f'])[0].method_options == {}
+    assert T.parse(['--config', str(reference[0]), '--method', 'o2f'])[0].method_options == {}    # not those of another method
 
 @pytest.fixture
 def folder():
@@ -126,6 +128,32 @@ def test_own_folder(folder, capsys):
     assert T.main(words(data=folder, **few, weights='run/last.safetensors', steps=1, eval_every=0, out='tuned')) == 0
     os.rename(folder, 'elsewhere')
     fails(['--resume', 'tuned'], 2, 'photos', capsys=capsys)
+
+def edited(folder, split, change):
+    "The folder's annotations of a split, changed in place."
+    file = folder/'annotations'/f'instances_{split}.json'; found = json.loads(file.read_text())
+    change(found); file.write_text(json.dumps(found))
+
+def test_validation_without_objects(folder, monkeypatch, capsys):
+    monkeypatch.setattr(T, 'save_pictures', PICTURES)
+    edited(folder, 'val', lambda d: d.update(annotations=[]))
+    few = dict(data=folder, backbone='tiny', epochs=2, size=64, max_size=80, batch_size=2, threads=1)
+    assert T.main(words(**few, out='run')) == 0 and 'nothing is measured' in capsys.readouterr().out
+    assert {'curves.png', 'predictions.png', 'assignment.png'} <= {p.name for p in Path('run').iterdir()}
+    best, last = load_file('run/best.safetensors'), load_file('run/last.safetensors')
+    assert all(torch.equal(v, last[k]) for k,v in best.items())                       # nothing to compare: the newest
+    assert T.main(['--resume', 'run']) == 0
+
+def test_training_images_without_objects(folder, capsys):
+    def empty(d): first = d['images'][0]['id']; d['annotations'] = [a for a in d['annotations'] if a['image_id'] != first]
+    edited(folder, 'train', empty)
+    few = words(data=folder, backbone='tiny', epochs=1, batch_size=2, eval_every=0, out='run')
+    fails([*few, '--train_images', 1], 2, '--train_images 1', 'no object', capsys=capsys)
+    assert not Path('run').exists()
+    assert T.main([*few, '--train_images', '2']) == 0
+    ds = load_dataset(folder, 'train'); cut = T.first(ds, 2)
+    assert (cut.report['images'], cut.report['objects'], cut.report['empty']) == (2, len(ds.objects(1)['labels']), 1)
+    assert ds.report['images'] == 6
 
 # ---- bad input --------------------------------------------------------------------------------------------------------------------
 
@@ -149,6 +177,11 @@ def fails(args, code, *texts, capsys):
     (['--amp','fp8'], ['amp']),
     (['--milestones','.5','2'], ['milestones','below 1']), (['--compile','perhaps'], ['compile']), (['word'], ['word']),
     (['--method_options','K'], ['key=value']), (['--method_options','kk=7'], ['kk']), (['--detector_options','chanels=7'], ['chanels']),
+    (['--method_options','ranges=(24,48,96,200)'], ['ranges','3 levels']), (['--method_options','name=x'], ['name']),
+    (['--method_options','num_classes=3'], ['num_classes']), (['--data_options','split=val'], ['split']),
+    (['--size','480','--max_size','100','--scales','40','56'], ['480','max_size 100']),
+    (['--seed','9'*23], ['seed','below']), (['--threads','100000'], ['threads','1024']), (['--steps','1' + '0'*400], ['steps','below']),
+    (['--epoch','3'], ['did you mean epochs']),
     (['--detector_options','weights=none'], ['weights']), (['--data_options','colour=7'], ['colour']),
     (['--device','toaster'], ['toaster']), (['--resume','nowhere'], ['nowhere','no run']), (['--config','nowhere'], ['nowhere']),
 ])
@@ -192,6 +225,55 @@ def test_resume_refuses(reference, capsys):
     fails(['--resume', reference[0], '--lr', 1], 2, 'lr', capsys=capsys)
     Path('broken').mkdir(); (Path('broken')/'config.json').write_text('{')
     fails(['--resume', 'broken'], 2, 'config.json', capsys=capsys)
+
+def test_resume_takes_no_other_settings(reference, capsys):
+    fails(['--resume', reference[0], '--config', reference[0]], 2, '--config', capsys=capsys)
+
+def test_resume_removes_its_own_litter_only(reference):
+    shutil.copytree(reference[0], 'run'); mine = {'.mine', '.config.json.swp', '.ipynb_checkpoints', '.state.pt.tmp.old'}
+    for name in mine - {'.ipynb_checkpoints'}: (Path('run')/name).touch()
+    (Path('run')/'.ipynb_checkpoints').mkdir()
+    for name in ('.state.pt.tmp', '.state.pt.tmp.keep', '.config.json.tmp', '.curves.png.tmp', '.best.safetensors.ab_12xyz'):
+        (Path('run')/name).touch()
+    T.resume('run', log=None)
+    assert {p.name for p in Path('run').glob('.*')} == mine
+
+def test_table_that_is_none(reference, capsys):
+    shutil.copytree(reference[0], 'run')
+    with open('run/metrics.csv', 'a') as f: f.write('note,to,myself\n')
+    n = len(Path('run/metrics.csv').read_text().splitlines())
+    fails(['--resume', 'run'], 2, 'metrics.csv', f'line {n}', capsys=capsys)
+
+def test_dry_run_leaves_no_trace():
+    from ala_nb.methods import available
+    for method in available():
+        model = T.make_model(T.recipe(method=method), 3).train()
+        before, rng = {k: v.clone() for k,v in model.state_dict().items()}, T.rng_state()
+        T.dry_run(model)
+        assert model.training and all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
+        assert torch.equal(T.rng_state()['torch'], rng['torch']) and T.rng_state()['python'] == rng['python']
+        assert all(p.grad is None for p in model.parameters())
+
+LIMITED = '''import resource, sys
+from ala_nb.train import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),)*2)
+sys.exit(main(sys.argv[2:]))'''
+
+@pytest.mark.skipif(os.name != 'posix', reason='needs RLIMIT_FSIZE')
+@pytest.mark.parametrize('limit,file', [(10**6, 'last.safetensors'), (5*10**6, 'state.pt')])
+def test_disk_full(reference, tmp_path, limit, file):
+    "No file can be larger than `limit` bytes: first the weights do not fit, then the optimiser's state."
+    args = words(**TINY, out='run')
+    r = subprocess.run([sys.executable, '-c', LIMITED, str(limit), *args], cwd=tmp_path, env=environment(), text=True, capture_output=True)
+    assert r.returncode == 1 and r.stderr.count('\n') == 1 and f'run/{file} cannot be written' in r.stderr and '--resume run' in r.stderr
+    assert not list(Path('run').glob('.*'))
+    assert T.main(['--resume', 'run']) == 0
+    assert_same_run(Path('run'), reference[0])
+
+def test_nobody_reads(tmp_path):
+    process = command(*words(**TINY, out='run'), cwd=tmp_path)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(120)) == ('', 141)
 
 def test_help(capsys):
     with pytest.raises(SystemExit) as e: T.main(['--help'])
