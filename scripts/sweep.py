@@ -19,7 +19,7 @@ BCCD = '--backbone resnet18 --size 240 --max_size 320 --epochs 12 --batch_size 8
 CLIP = dict.fromkeys(('ala', 'ciou_atss', 'dw', 'o2f', 'poto'), '10')   # torchvision's recipe for FCOS does not clip the gradient; under it the losses of the first three jumped within 70 steps and stayed there
 ALL = [('fcos', ''), ('autoassign', ''), ('ala', ''), ('atss', ''), ('ciou_atss', ''), ('dw', ''), ('o2f', ''), ('ala', 'one_to_one=True'), ('poto', '')]
 TABLES = dict(
-    methods = ALL + [('ala', "parts='confidence'")],
+    methods = ALL + [('ala', "parts='confidence'"), ('o2f', 't_min=0.0'), ('o2f', 'alpha=0.5 t_min=0.0')],
     claims = list(dict.fromkeys(side for c in CLAIMS for side in (c.before, c.after))),
     readings = [('ala', o) for o in ('', "variant='paper' blur_radius=3", "variant='paper' loc='exp' blur_radius=3", 'blur_radius=3', "centre='none'", "centre='fixed'", 'centre_gradient=True', "property='none'",
                                      'lam=8.0', "loc='exp_giou'", "loc='power'", "coupling='sigmoid'", "negatives='joint'", "negatives='weight'", "inner='mean'", 'background_weight=1.0', 'score_gamma=0.5', 'width=1.5')]
