@@ -164,7 +164,10 @@ def data_set_ids(
     try: images, names = {Path(r['file_name']).name:r['id'] for r in gt['images']}, {r['name']:r['id'] for r in gt['categories']}
     except (KeyError, TypeError):
         raise InputError(f'--annotations {annotations}: an image without file_name and id, or a category without name and id') from None
+    times = Counter(Path(r['file_name']).name for r in gt['images'])
     for f in files:
+        if times[f.name] > 1:
+            raise InputError(f'--annotations {annotations}: {times[f.name]} images are called {f.name}, and ids are found by file name alone; leave the option out')
         if f.name not in images:
             raise InputError(f"--annotations {annotations}: has no image {f.name}; leave the option out for images that are not in it")
     for c in classes:
@@ -251,7 +254,7 @@ def predict_files(
                 found.append(dict(id=len(found)+1, image_id=i, category_id=categories[l], bbox=[x1,y1,x2-x1,y2-y1], score=s,
                     area=(x2-x1)*(y2-y1), iscrowd=0))
             if name: draw_detections(image, dets, classes).save(stage/name, **({} if name.endswith('.png') else dict(quality=92)))
-        info = dict(description='detections by ala_nb', run=str(run), checkpoint=checkpoint, score_threshold=score_threshold, **how)
+        info = dict(description='detections by ala_nb', run=str(run), checkpoint=checkpoint, score_threshold=score_threshold, size=size, max_size=max_size, **how)
         info = {k:v for k,v in info.items() if v is not None}
         said = dict(info=info, images=rows, categories=[dict(id=c, name=n) for c,n in zip(categories, classes)], annotations=found)
         write_json(stage/'predictions.json', said)
