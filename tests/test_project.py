@@ -143,6 +143,24 @@ def test_exported_cells_are_short(path):
                  if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))}
         assert kinds != {True, False}, f'imports and code in one cell:\n{src[:200]}'
 
+def unasked_sliders(source):
+    "Arguments of interact's functions that are not given there: ipywidgets makes sliders of numbers, and takes a tuple for a slider's limits."
+    tree = ast.parse('\n'.join('' if l.startswith(('%', '!')) else l for l in source.splitlines()))
+    functions = {n.name: n.args for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+    for call in ast.walk(tree):
+        if not (isinstance(call, ast.Call) and getattr(call.func, 'id', '') == 'interact' and call.args): continue
+        f = call.args[0]; args = f.args if isinstance(f, ast.Lambda) else functions.get(getattr(f, 'id', ''))
+        if args is None: continue
+        plain = lambda v: isinstance(v, (ast.Tuple, ast.List, ast.UnaryOp)) or isinstance(v, ast.Constant) and isinstance(v.value, (int, float)) and not isinstance(v.value, bool)
+        defaults = zip(args.args[len(args.args)-len(args.defaults):], args.defaults)
+        yield from (a.arg for a,v in defaults if plain(v) and a.arg not in {k.arg for k in call.keywords})
+
+@pytest.mark.parametrize('path', NBS, ids=lambda p: p.stem)
+def test_widgets_have_the_sliders_that_are_written(path): assert not list(unasked_sliders('\n'.join(s for s,_ in code_cells(path))))
+
+def test_unasked_sliders_are_found():
+    assert list(unasked_sliders('def f(x=1., size=3, strides=(8,16), mark=None, on=True): pass\ninteract(f, x=2)')) == ['size', 'strides']
+
 absolute = re.compile(r'(?<![\w.:/~<>$}\])])/(?!usr/|dev/|content/)[A-Za-z]+/[\w.-]+|site-packages/')
 upward = re.compile(r'(?<![\w./])\.\./\w[\w./-]*\w')
 FILES = ['*.md', '*.ini', '*.py', '*.toml', '*.in', 'Makefile', '.ci/*', '.github/*.txt', '.github/workflows/*', 'scripts/*.py',
