@@ -79,8 +79,8 @@ class ALA(Method):
         super().__init__(num_classes, HeadSpec(cls_prior=.01, third=third, property_branch=property=='ipb', pooled=centre in ('predicted','shared'), box_activation='exp'))
         self.prior = CenterPrior(num_classes, centre, in_channels, isotropic)
         self.variant, self.property, self.blur_radius, self.blur_variance = variant, property, blur_radius, blur_variance
-        self.coupling = choice('coupling', coupling or ('softmax' if working else 'double_sigmoid'), ('softmax','sigmoid','double_sigmoid'))
-        self.loc = choice('loc', loc or ('exp' if working else 'printed'), LOC_READINGS)
+        self.coupling = choice('coupling', coupling if coupling is not None else 'softmax' if working else 'double_sigmoid', ('softmax','sigmoid','double_sigmoid'))
+        self.loc = choice('loc', loc if loc is not None else 'exp' if working else 'printed', LOC_READINGS)
         self.parts = choice('parts', parts, ('both','confidence','weight'))
         self.confidence = choice('confidence', confidence, ('mul','add'))
         self.alpha, self.lam = in_range('alpha', alpha, 0, 10), in_range('lam', lam, 0, 100)

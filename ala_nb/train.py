@@ -43,7 +43,7 @@ def knob(
 class Config:
     "Every knob of a training run. The defaults are the recipe for `shapes`; `FOLDER` has what differs for a folder of images."
     #: Data
-    data:str            = knob('shapes', "'shapes' (made on the spot) or a folder in COCO, VOC or CrowdHuman form")
+    data:str            = knob('shapes', "'shapes' (made on the spot) or a folder in COCO, VOC or CrowdHuman form", live=True)
     train_split:str     = knob('train', 'name of the split to train on')
     val_split:str       = knob('val', 'name of the split to evaluate on')
     data_options:dict   = knob(dict, 'more options for the data set, key=value')
@@ -552,7 +552,7 @@ def start(c:Config) -> Run:
 def resume(
     path:Path,   # the run's folder
     log=say,
-    **live,      # knobs that may change on the way: workers, device, threads, checkpoint intervals
+    **live,      # knobs that may change on the way: data (the same images in another place), workers, device, threads, checkpoint intervals
 )->Run:
     "A run as its newest whole checkpoint left it."
     stored = read_run(path)
@@ -560,10 +560,13 @@ def resume(
     if fixed: raise InputError(f'{fixed.pop()} cannot change when a run is resumed; start a new one, '
                                f'with --weights {Path(path)/"last.safetensors"} for its weights')
     state = load_state(path, log)                                            # None: stopped before it had written one
-    run = make_run(dataclasses.replace(stored['train'], **live), Path(path), stored if state else None)
+    c = dataclasses.replace(stored['train'], **live)
+    if c.data != 'shapes' and not Path(c.data).exists(): raise InputError(f'{c.data}: no such folder, where the run has its images; if they have moved, say where with --data')
+    run = make_run(c, Path(path), stored if state else None)
     if (list(run.train_set.classes), len(run.train_set)) != (stored['classes'], stored['images']):
         raise InputError(f'{run.config.data} has changed since the run began: it had {stored["images"]} images of {stored["classes"]}')
     for part in leftovers(run.path): part.unlink()
+    if 'data' in live: write_config(run)                                     # evaluation looks there as well
     if state is None: run.table.cut(0); return run
     for k in PARTS:
         if getattr(run, k) is not None: getattr(run, k).load_state_dict(state[k])

@@ -226,6 +226,19 @@ def test_resume_refuses(reference, capsys):
     Path('broken').mkdir(); (Path('broken')/'config.json').write_text('{')
     fails(['--resume', 'broken'], 2, 'config.json', capsys=capsys)
 
+def test_resume_with_moved_images(folder, capsys):
+    few = words(data=folder, backbone='tiny', epochs=2, size=64, max_size=80, batch_size=2, threads=1, eval_every=0)
+    assert T.main([*few, '--out', 'whole']) == 0
+    def stop(run, losses):
+        if run.step == 4: raise T.Interrupted('4 steps are enough')
+    with pytest.raises(T.Interrupted): T.train(T.parse([*few, '--out', 'cut'])[0], log=None, on_step=stop)
+    Path(folder).rename('moved')
+    fails(['--resume', 'cut'], 2, 'photos', '--data', capsys=capsys)
+    assert T.main(['--resume', 'cut', '--data', 'moved']) == 0
+    whole, cut = load_file('whole/last.safetensors'), load_file('cut/last.safetensors')
+    assert all(torch.equal(v, cut[k]) for k,v in whole.items())
+    assert json.loads(Path('cut/config.json').read_text())['train']['data'] == str(Path('moved').absolute())
+
 def test_resume_takes_no_other_settings(reference, capsys):
     fails(['--resume', reference[0], '--config', reference[0]], 2, '--config', capsys=capsys)
 
