@@ -107,6 +107,31 @@ class Predictions:
         self._cls, self._distances = cls_logits, distances
         self.obj_logits = obj_logits
 
+    @classmethod
+    def from_maps(cls,
+        cls_maps:Sequence[Tensor],      # [(B, K, H, W), ...] class logits, finest level first
+        distance_maps:Sequence[Tensor], # [(B, 4, H, W), ...] px, >= 0
+        obj_maps:Sequence[Tensor]=None, # [(B, 1, H, W), ...] third branch
+        strides:Sequence[float]=(8,16,32,64,128), # px
+        offset:float=.5,                # where in its cell a location lies, in strides
+        property_logits:Tensor=None,    # (B, 2, Hp, Wp)
+        pooled:Tensor=None,             # (B, L, C)
+    ):
+        "Predictions that keep the class maps as the head made them."
+        self = cls.__new__(cls)
+        if not len(cls_maps) == len(distance_maps) == len(strides): raise InputError(
+            f"maps: {len(cls_maps)} class maps, {len(distance_maps)} distance maps and {len(strides)} strides; give one of each a level")
+        sizes = [tuple(m.shape[2:]) for m in cls_maps]
+        last = [not m.is_contiguous() and m.is_contiguous(memory_format=torch.channels_last) for m in cls_maps]
+        blocks = [m.permute(0,2,3,1).flatten(1,2) if c else m.contiguous().flatten(2) for m,c in zip(cls_maps,last)]   # a slice of a map is neither: copied
+        dtype = torch.float32 if cls_maps[0].dtype in (torch.float16,torch.bfloat16) else cls_maps[0].dtype
+        points, per_point = _cached_grid(tuple(sizes), tuple(float(s) for s in strides), offset, cls_maps[0].device, dtype)
+        self._set(blocks, [not c for c in last], sizes, list(strides), offset, points, per_point, property_logits, pooled)
+        self._cls = self._distances = None
+        self._planes = _as_planes(distance_maps)
+        self.obj_logits = None if obj_maps is None else _as_planes(obj_maps)[:,0]
+        return self
+
     def _set(self, blocks, class_first, sizes, steps, offset, points, strides, property_logits, pooled):
         self.cls_blocks, self.class_first = blocks, class_first
         self.level_sizes, self.level_strides, self.offset = sizes, steps, offset
@@ -122,21 +147,6 @@ class Predictions:
         "First location of each level, and P: L+1 integers."
         return np_cumsum([h*w for h,w in self.level_sizes])
 
-    @property
-    def cls_logits(self)->Tensor:
-        "(B, P, K); made from the maps when asked, with gradient."
-        if self._cls is None:
-            with torch.enable_grad():      # kept, so it must not depend on who asks first
-                self._cls = torch.cat([b.transpose(1,2) if f else b for b,f in zip(self.cls_blocks,self.class_first)], 1)
-        return self._cls
-
-    @property
-    def distances(self)->Tensor:
-        "(B, P, 4) px: left, top, right, bottom."
-        if self._distances is None:
-            with torch.enable_grad(): self._distances = self._planes.transpose(1,2)
-        return self._distances
-
     @functools.cached_property
     def distance_planes(self)->Tensor:
         "(B, 4, P) contiguous px: what pairs are gathered from."
@@ -145,30 +155,20 @@ class Predictions:
     def __repr__(self): return f'Predictions({self.n_images} images, {self.n_locations} locations, {self.n_classes} classes)'
 
 # %% ../nbs/01_pairs.ipynb #c011
-@patch(cls_method=True)
-def from_maps(cls:Predictions,
-    cls_maps:Sequence[Tensor],      # [(B, K, H, W), ...] class logits, finest level first
-    distance_maps:Sequence[Tensor], # [(B, 4, H, W), ...] px, >= 0
-    obj_maps:Sequence[Tensor]=None, # [(B, 1, H, W), ...] third branch
-    strides:Sequence[float]=(8,16,32,64,128), # px
-    offset:float=.5,                # where in its cell a location lies, in strides
-    property_logits:Tensor=None,    # (B, 2, Hp, Wp)
-    pooled:Tensor=None,             # (B, L, C)
-):
-    "Predictions that keep the class maps as the head made them."
-    self = cls.__new__(cls)
-    if not len(cls_maps) == len(distance_maps) == len(strides): raise InputError(
-        f"maps: {len(cls_maps)} class maps, {len(distance_maps)} distance maps and {len(strides)} strides; give one of each a level")
-    sizes = [tuple(m.shape[2:]) for m in cls_maps]
-    last = [not m.is_contiguous() and m.is_contiguous(memory_format=torch.channels_last) for m in cls_maps]
-    blocks = [m.permute(0,2,3,1).flatten(1,2) if c else m.contiguous().flatten(2) for m,c in zip(cls_maps,last)]   # a slice of a map is neither: copied
-    dtype = torch.float32 if cls_maps[0].dtype in (torch.float16,torch.bfloat16) else cls_maps[0].dtype
-    points, per_point = _cached_grid(tuple(sizes), tuple(float(s) for s in strides), offset, cls_maps[0].device, dtype)
-    self._set(blocks, [not c for c in last], sizes, list(strides), offset, points, per_point, property_logits, pooled)
-    self._cls = self._distances = None
-    self._planes = _as_planes(distance_maps)
-    self.obj_logits = None if obj_maps is None else _as_planes(obj_maps)[:,0]
-    return self
+@patch(as_prop=True)
+def cls_logits(self:Predictions)->Tensor:
+    "(B, P, K); made from the maps when asked, with gradient."
+    if self._cls is None:
+        with torch.enable_grad():      # kept, so it must not depend on who asks first
+            self._cls = torch.cat([b.transpose(1,2) if f else b for b,f in zip(self.cls_blocks,self.class_first)], 1)
+    return self._cls
+
+@patch(as_prop=True)
+def distances(self:Predictions)->Tensor:
+    "(B, P, 4) px: left, top, right, bottom."
+    if self._distances is None:
+        with torch.enable_grad(): self._distances = self._planes.transpose(1,2)
+    return self._distances
 
 # %% ../nbs/01_pairs.ipynb #c015
 @patch
