@@ -142,11 +142,6 @@ class Predictions:
     device = property(lambda self: self.cls_blocks[0].device)
     dtype = property(lambda self: self.cls_blocks[0].dtype, doc="dtype of the class logits")
 
-    @property
-    def level_starts(self)->list:
-        "First location of each level, and P: L+1 integers."
-        return np_cumsum([h*w for h,w in self.level_sizes])
-
     @functools.cached_property
     def distance_planes(self)->Tensor:
         "(B, 4, P) contiguous px: what pairs are gathered from."
@@ -155,6 +150,11 @@ class Predictions:
     def __repr__(self): return f'Predictions({self.n_images} images, {self.n_locations} locations, {self.n_classes} classes)'
 
 # %% ../nbs/01_pairs.ipynb #c011
+@patch(as_prop=True)
+def level_starts(self:Predictions)->list:
+    "First location of each level, and P: L+1 integers."
+    return np_cumsum([h*w for h,w in self.level_sizes])
+
 @patch(as_prop=True)
 def cls_logits(self:Predictions)->Tensor:
     "(B, P, K); made from the maps when asked, with gradient."
