@@ -177,7 +177,7 @@ def positive(self:_Bags, on, at, sub):
     u = e.copy_(self.w_pos[at]).mul_(sub.spread(torch.where(ok, -1/mean.clamp(min=self.tiny), 0.)))
     b = (p - sub.spread(mean*(total > EPS))).mul_(u)                  # ∂/∂log e
     like = u.mul_(p)                                                  # ∂/∂log P as a likelihood ...
-    if rule.detach: b.zero_()
+    if rule.detach: b.zero_()                                         # as a weight nothing is moved: not P, and not μ and σ
     weigh = None if conf is None or rule.detach else (b*k).mul_(conf) # ... and as a weight
     by_q = like if weigh is None or rule.confidence == 'loc' else like + weigh
     by_loc = like if weigh is None or rule.confidence == 'cls' else by_q if rule.confidence == 'joint' else like + weigh

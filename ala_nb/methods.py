@@ -47,7 +47,7 @@ def choice(field:str, value, allowed):
 
 def in_range(field:str, value, low:float, high:float, instead:str='a number'):
     "`value` as a float if it is a number from `low` to `high`; otherwise `InputError` that names the field."
-    if isinstance(value, bool) or not isinstance(value, (int,float)) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high:
         raise InputError(f'{field}: {value!r} does not work; give {instead} from {low:g} to {high:g}')
     return float(value)
 
@@ -130,6 +130,7 @@ def available()->list:
     "Names that `build` knows."
     return sorted(METHODS)
 
+# annotation of an option: what fits it, and what to give instead of what does not
 KINDS = {bool: (lambda v: isinstance(v, bool), 'True or False'), int: (lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool), 'a whole number'),
          float: (lambda v: isinstance(v, numbers.Real) and not isinstance(v, bool) and math.isfinite(v), 'a finite number'), str: (lambda v: isinstance(v, str), 'a word')}
 
