@@ -8,10 +8,11 @@ __all__ = ['FAR', 'EPS', 'center_prior', 'localisation_confidence', 'positive_we
 
 # %% ../nbs/08_autoassign.ipynb #c002
 import math
+import numpy as np
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .geometry import InputError, distance_iou, distance_giou
+from .geometry import InputError, distance_iou, distance_giou, larger, loops_on, number_loop, run_jobs, smaller
 from .pairs import chunk_size, Predictions, Objects, Pairs, inside_pairs
 from .losses import ClassTable, focal_positive, focal_negative, normalizer
 from .methods import Method, HeadSpec, Assignment, choice, in_range
@@ -60,63 +61,52 @@ def negative_weights(
     return (pairs.spread(high)-t).mul_(pairs.spread(1/(high-low+EPS)))
 
 # %% ../nbs/08_autoassign.ipynb #c017
+_ZERO, _LEAST = np.float32(0), np.float32(1e-7)
+
+@number_loop()
+def _best_with(l, t, r, b, x, y, x1, y1, x2, y2, best):
+    "Raise `best` to the IoU with one box where it is not below 0."
+    area = (x2-x1)*(y2-y1)
+    for i in range(len(best)):
+        inter = larger(smaller(l[i],x[i]-x1)+smaller(r[i],x2-x[i]), _ZERO)*larger(smaller(t[i],y[i]-y1)+smaller(b[i],y2-y[i]), _ZERO)
+        iou, old = inter/larger((l[i]+r[i])*(t[i]+b[i]) + area - inter, _LEAST), best[i]
+        best[i] = iou if old >= _ZERO and iou > old else old
+
+@number_loop('void(f4[:,::1],f4[:,::1],f4[:,::1],i8,i8,f4[::1])')
+def _best_iou_loop(planes, xy, boxes, first, last, best):
+    "Objects first ... last-1 and the boxes (4, P) of their image, a stretch of locations that stays in the cache at a time."
+    for a in range(0, len(best), 2048):
+        b = min(a+2048, len(best))
+        for n in range(first, last):
+            _best_with(planes[0,a:b], planes[1,a:b], planes[2,a:b], planes[3,a:b], xy[0,a:b], xy[1,a:b], boxes[n,0], boxes[n,1], boxes[n,2], boxes[n,3], best[a:b])
+
+# %% ../nbs/08_autoassign.ipynb #c018
 @torch.no_grad()
 def best_iou(
     preds:Predictions, objects:Objects,
     known:Tensor, # (B*P,) best IoU with the objects that hold the location; below 0: in no box. Overwritten.
-    group:int=32, # objects at a time
+    group:int=32, # objects at a time, in the tensor form
 )->Tensor: # (B*P,) best IoU with any object of the image; below 0 where `known` was
     "Best IoU of each location's predicted box with any object of its image, for locations inside some box."
-    p, xy, prune = preds.n_locations, preds.points.t().contiguous(), preds.device.type == 'cpu'
-    area = ((objects.boxes[:,2]-objects.boxes[:,0])*(objects.boxes[:,3]-objects.boxes[:,1])).clamp_(min=1e-6)
-    order = area.sort(descending=True)[1]; order = order.index_select(0, objects.image.index_select(0, order).sort(stable=True)[1])
-    boxes, area = objects.boxes.index_select(0, order), area.index_select(0, order)          # by image, the largest first
-    limits, first = area.tolist() if prune else None, 0                  # pruning asks the host which locations are left: not for a GPU
-    for i,n in enumerate(objects.counts.tolist()):
-        first, best, d = first+n, known[i*p:(i+1)*p], preds.distance_planes[i]
-        own = (d[0]+d[2]).mul_(d[1]+d[3])
-        for j in range(first-n, first, group):
-            end = min(j+group, first)
-            x1,y1,x2,y2 = boxes[j:end].t()[...,None]
-            if prune:
-                at = ((best*own < limits[j]) & (best*limits[end-1] < own) & (best >= 0)).nonzero().flatten()
-                near, here, A, old = (x.index_select(-1, at) for x in (d, xy, own, best))
-            else: near, here, A, old = d, xy, own, best
-            (X1,Y1), (X2,Y2) = here-near[:2], here+near[2:]
+    p, planes, counts = preds.n_locations, preds.distance_planes, objects.counts.tolist()
+    ends = np.cumsum(counts).tolist()
+    if loops_on(planes, preds.points, objects.boxes, known):
+        planes, xy, boxes, best = (x.detach().contiguous().numpy() for x in (planes, preds.points.t(), objects.boxes, known))
+        run_jobs((_best_iou_loop, planes[i], xy, boxes, end-n, end, best[i*p:(i+1)*p]) for i,(n,end) in enumerate(zip(counts, ends)))
+        return known
+    xy = preds.points.t().contiguous()
+    for i,(n,end) in enumerate(zip(counts, ends)):
+        best, d = known[i*p:(i+1)*p], planes[i]
+        own, (X1,Y1), (X2,Y2) = (d[0]+d[2]).mul_(d[1]+d[3]), xy-d[:2], xy+d[2:]
+        for j in range(end-n, end, group):
+            x1,y1,x2,y2 = objects.boxes[j:min(j+group,end)].t()[...,None]
             w = torch.minimum(X2, x2).sub_(torch.maximum(X1, x1)).clamp_(min=0)
             h = torch.minimum(Y2, y2).sub_(torch.maximum(Y1, y1))        # one clamp is enough: a negative product is never the best
-            s = w.mul_(h).div_(A+area[j:end,None]).amax(0).clamp_(min=0)
-            new = torch.maximum(old, s.div_(1-s))
-            if prune: best.index_copy_(0, at, new)
-            else: best.copy_(torch.where(old >= 0, new, old))
+            s = w.mul_(h).div_(own+((x2-x1)*(y2-y1)).clamp_(min=1e-6)).amax(0).clamp_(min=0)
+            best.copy_(torch.where(best >= 0, torch.maximum(best, s.div_(1-s)), best))
     return known
 
-# %% ../nbs/08_autoassign.ipynb #c025
-def _overlap(pred, target, eps=1e-7):
-    "IoU and U/H (GIoU = IoU + U/H - 1) of distances (4, E) from common locations, and what their slopes are made of."
-    size, size_t = pred[:2]+pred[2:], target[:2]+target[2:]                # (2, E) width and height
-    near = torch.minimum(pred, target)
-    cut = near[:2].add_(near[2:])                                         # of the intersection
-    hull = (size+size_t).sub_(cut)
-    cut.clamp_(min=0)
-    inter = cut[0]*cut[1]
-    union = (size_t[0]*size_t[1]).addcmul_(size[0], size[1]).sub_(inter).clamp_(min=eps)
-    whole = (hull[0]*hull[1]).clamp_(min=eps)
-    return inter.div_(union), union/whole, (size, cut, hull, union, whole)
-
-def _giou_slopes(scale, pred, target, iou, fill, parts):
-    "scale · ∂GIoU/∂pred, (4, E); the arguments after `target` are what `_overlap` returned."
-    size, cut, hull, union, whole = parts
-    by_inter = scale/union
-    by_size = (fill-iou).mul_(by_inter)                                   # (1/H - I/U²), U factored out
-    by_inter = by_inter.sub_(by_size); by_hull = (scale/whole).mul_(fill).neg_()
-    inner, outer, mean = (torch.empty_like(cut) for _ in range(3))
-    for i in (0,1): # a horizontal move sweeps a height, a vertical one a width
-        torch.mul(by_inter, cut[1-i], out=inner[i]); torch.mul(by_hull, hull[1-i], out=outer[i]); torch.mul(by_size, size[1-i], out=mean[i])
-    mean.add_(inner, alpha=.5).add_(outer, alpha=.5)
-    return (target-pred).sign_().view(2,2,-1).mul_(inner.sub_(outer).mul_(.5)).add_(mean).view(4,-1)
-
-# %% ../nbs/08_autoassign.ipynb #c028
+# %% ../nbs/08_autoassign.ipynb #c026
 def _bag_sums(pairs, x):
     "Sums (C, N) over each object's bag of the rows of x (C, E)."
     if len(pairs) == 0: return x.new_zeros(len(x), len(pairs.objects))
@@ -127,9 +117,8 @@ class _Bags:
     def __init__(self, rule, preds, cls, obj, planes, mu, sigma, learned, grad):
         self.rule, self.preds, self.cls, self.learned, self.grad = rule, preds, cls, learned, grad
         self.mu, self.inv_sigma = mu.t(), 1/sigma.t()                     # (2, N)
-        p, n = preds.n_locations, len(mu)
-        sides = lambda x: [x.view(-1)[k*p:] for k in range(4)]            # plane k, indexed by image*4P + location
-        self.obj, self.sides = None if obj is None else obj.reshape(-1), sides(planes)
+        p, n, self.planes = preds.n_locations, len(mu), planes
+        self.obj = None if obj is None else obj.reshape(-1)
         self.pos, self.neg, self.prior = cls.new_zeros(()), cls.new_zeros(()), mu.new_empty(n)
         self.w_pos, self.w_neg = torch.empty_like(cls), torch.ones_like(cls)
         self.known = cls.new_full((preds.n_images*p,), -1.)               # best IoU of each location
@@ -137,7 +126,7 @@ class _Bags:
         if grad:
             self.g_cls, self.g_slopes = cls.new_zeros(2, len(cls)), mu.new_zeros(8, n)
             self.g_obj = None if obj is None else cls.new_zeros(2, obj.numel())
-            self.g_planes = torch.zeros_like(planes); self.g_sides = sides(self.g_planes)
+            self.g_planes = torch.zeros_like(planes)
 
     def scores(self, at, cell):
         "σ(c), σ(-c), σ(o), σ(-o) at a chunk's pairs; None for the last two without an objectness."
@@ -151,19 +140,16 @@ class _Bags:
         torch.mul(slope, not_c, out=self.g_cls[i,at])
         if self.obj is not None: self.g_obj[i].scatter_add_(0, cell, not_o.mul_(slope))
 
-# %% ../nbs/08_autoassign.ipynb #c030
+# %% ../nbs/08_autoassign.ipynb #c028
 @patch
 def positive(self:_Bags, on, at, sub):
     rule, cell, k = self.rule, sub.cell, 1/self.rule.tau
-    place = cell + sub.image*(3*self.preds.n_locations)
-    pred, target = self.preds.points.new_empty(4, len(sub)), sub.targets.t()
-    for x,out in zip(self.sides, pred): torch.index_select(x, 0, place, out=out)
-    iou, fill, parts = _overlap(pred, target)
+    iou, cost = sub.overlaps(self.planes)
     self.known.scatter_reduce_(0, cell, iou, 'amax')
     s_c, not_c, s_o, not_o = self.scores(at, cell)
-    q, loc = s_c if s_o is None else s_o.mul_(s_c), (iou+fill).sub_(2).mul_(rule.reg_weight).exp_()
+    q, loc = s_c if s_o is None else s_o.mul_(s_c), cost.mul_(-rule.reg_weight).exp_()
     p = q*loc
-    z = (target[:2]-target[2:]).mul_(.5/sub.stride)                   # (2, e)
+    target = sub.targets.t(); z = (target[:2]-target[2:]).mul_(.5/sub.stride)   # (2, e)
     for i in (0,1): z[i].sub_(sub.spread(self.mu[i,on])).mul_(sub.spread(self.inv_sigma[i,on]))
     prior = (z[0]*z[0]).addcmul_(z[1], z[1]).mul_(-.5).clamp_(min=FAR).exp_()
     conf = dict(joint=p, cls=q, loc=loc).get(rule.confidence)
@@ -182,14 +168,14 @@ def positive(self:_Bags, on, at, sub):
     by_q = like if weigh is None or rule.confidence == 'loc' else like + weigh
     by_loc = like if weigh is None or rule.confidence == 'cls' else by_q if rule.confidence == 'joint' else like + weigh
     self.keep(0, at, cell, by_q, not_c, not_o)
-    for x,g in zip(self.g_sides, _giou_slopes(by_loc*rule.reg_weight, pred, target, iou, fill, parts)): x.scatter_add_(0, place, g)
+    sub.add_giou_slopes(self.planes, by_loc*-rule.reg_weight, self.g_planes)
     if self.learned:                                                  # rows of g_slopes: positive ∂μ, ∂σ, prior's ∂μ, ∂σ
         rows = z.new_empty(4,2,len(sub))
         torch.mul(z, b, out=rows[0]); torch.mul(rows[0], z, out=rows[1])
         torch.mul(z, prior, out=rows[2]); torch.mul(rows[2], z, out=rows[3])
         self.g_slopes[:,on] = (_bag_sums(sub, rows.view(8,-1)).view(4,2,-1)*self.inv_sigma[:,on]).view(8,-1)
 
-# %% ../nbs/08_autoassign.ipynb #c032
+# %% ../nbs/08_autoassign.ipynb #c030
 def _focal(q, rest):
     "-q²·log(1-q) and its slope in log q; `rest` is 1-q."
     log, q2 = rest.log(), q*q
@@ -214,7 +200,7 @@ def negative(self:_Bags, on, at, sub, kept):
     self.neg = self.neg + fw.sub_(f).mul_(counts).sum()
     if self.grad: self.keep(1, at, cell, slope_w.sub_(slope).mul_(counts), not_c, not_o)
 
-# %% ../nbs/08_autoassign.ipynb #c034
+# %% ../nbs/08_autoassign.ipynb #c032
 class _BagSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rule, preds, pairs, cls, obj, planes, mu, sigma):
@@ -248,7 +234,7 @@ def _scaled(*terms):
         if a is not None: out = x*a if out is None else out.add_(x*a)
     return out
 
-# %% ../nbs/08_autoassign.ipynb #c036
+# %% ../nbs/08_autoassign.ipynb #c034
 def centre_loss(
     prior:Tensor, # (N,) centre prior summed over each object's bag
     objects:Objects,
@@ -266,7 +252,7 @@ def explicit_objectness(
     loss = target*focal_positive(obj_logits) + (1-target)*.75*focal_negative(obj_logits)
     return loss.sum()/normalizer(target.sum())
 
-# %% ../nbs/08_autoassign.ipynb #c037
+# %% ../nbs/08_autoassign.ipynb #c035
 class AutoAssign(Method):
     "AutoAssign: all locations in a box, weighted by a learned centre prior and the predictions' confidence."
     def __init__(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BAGS', 'NEGATIVES', 'WEIGHTINGS', 'consistency', 'pos_weight', 'read_bag', 'candidates', 'center_prior',
            'neg_probability', 'stretched_neg_probability', 'neg_weight', 'aligned_target', 'coupled_weights',
-           'autoassign_weights', 'pieces', 'overlaps', 'giou_slopes', 'class_terms', 'DW']
+           'autoassign_weights', 'class_terms', 'DW']
 
 # %% ../nbs/09_dw.ipynb #c002
 import math
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
-from .geometry import InputError, distance_overlap
-from .pairs import chunk_size, Predictions, Objects, Pairs, inside_pairs, center_pairs, nearest_pairs
+from .geometry import InputError
+from .pairs import chunk_size, pieces, Predictions, Objects, Pairs, inside_pairs, center_pairs, nearest_pairs
 from .losses import ClassTable, joint_score, log_joint, log_not_joint, normalizer
 from .methods import Method, HeadSpec, Assignment, choice, in_range
 
@@ -155,43 +155,6 @@ def autoassign_weights(
     return pairs.normalize(strength if prior is None else strength.mul_(prior)), 1-f
 
 # %% ../nbs/09_dw.ipynb #c039
-def pieces(x:Tensor)->list:
-    "Slices of `x` (E, ...) that fit the cache of a CPU; long ones on a GPU."
-    size = 1 << (15 if x.device.type=='cpu' else 20)
-    return [slice(a, min(a+size, len(x))) for a in range(0, len(x), size)]
-
-@torch.no_grad()
-def overlaps(
-    pred:Tensor,   # (E, 4) px, distances to the predicted sides
-    target:Tensor, # (E, 4) px, distances to the object's sides
-    eps:float=1e-7, # px²
-): # IoU and 1 - GIoU, each (E,), without gradient
-    "IoU and GIoU loss from the same areas."
-    iou, loss = pred.new_empty(2, len(pred))
-    for at in pieces(pred):
-        inter, union, hull = distance_overlap(pred[at], target[at])
-        union, hull = union.clamp_(min=eps), hull.clamp_(min=eps)
-        torch.sub(2, torch.div(inter, union, out=iou[at]), out=loss[at]).sub_(union.div_(hull))
-    return iou, loss
-
-def giou_slopes(pred, target, weight, out, eps=1e-7):
-    "Gradient of Σ weight (1 - GIoU) with respect to `pred` (E, 4), into the rows of `out` (4, E)."
-    (l,t,r,b), (L,T,R,B), least, most = pred.unbind(-1), target.unbind(-1), torch.minimum, torch.maximum
-    iw, ih = least(l,L).add_(least(r,R)), least(t,T).add_(least(b,B))
-    by_x, by_y = ih.clamp(min=0).mul_(iw >= 0), iw.clamp(min=0).mul_(ih >= 0)    # boxes that do not touch have no slope of I
-    hw, hh = most(l,L).add_(most(r,R)), most(t,T).add_(most(b,B))
-    w, h = l+r, t+b
-    inter = by_x*iw.clamp_(min=0); hull = (hw*hh).clamp_(min=eps)
-    union = torch.addcmul(w*h, L+R, T+B).sub_(inter).clamp_(min=eps)
-    by_union = (inter/union.square()).sub_(1/hull).mul_(weight)
-    by_inter = -(weight/union).add_(by_union)
-    by_hull = union.div_(hull.square_()).mul_(weight)
-    for p,q,inner,outer,side,row in ((l,L,by_x,hh,h,out[0]), (t,T,by_y,hw,w,out[1]), (r,R,by_x,hh,h,out[2]), (b,B,by_y,hw,w,out[3])):
-        if_far = torch.addcmul(side*by_union, outer, by_hull)                   # the prediction's side lies beyond the object's
-        if_near = (inner*by_inter).sub_(outer*by_hull)                          # what changes when it does not
-        torch.addcmul(if_far, (q-p).sign_().add_(1).mul_(.5), if_near, out=row) # half of it where they coincide
-
-# %% ../nbs/09_dw.ipynb #c042
 def _score_parts(c, o):
     "s, -ln(1-s), 1-s, and the slopes of ln s: σ(-c), σ(-o)."
     near, far_c, far_o = torch.sigmoid(c), torch.sigmoid(-c), torch.sigmoid(-o)
@@ -237,7 +200,7 @@ def class_terms(
     "Weighted sums of the class losses of the joint score s, with gradient to both logits."
     return _ClassTerms.apply(cls, obj, yes, no, focal, gamma)
 
-# %% ../nbs/09_dw.ipynb #c046
+# %% ../nbs/09_dw.ipynb #c043
 class _WeighBags(torch.autograd.Function):
     "Σ w_reg·(1 - GIoU), and the weights of every pair, without gradient: IoU, w_pos, w_neg, w_reg, P_neg (None if coupled)."
     @staticmethod
@@ -245,28 +208,22 @@ class _WeighBags(torch.autograd.Function):
         iou, pos, neg = cls.new_empty(3, len(pairs))
         extra = torch.empty_like(pos)
         box_weight, p_neg = (extra, None) if rule.coupled else (pos, extra)
-        total, flat = cls.new_zeros(()), planes.view(-1)                      # plane k of the distances, indexed by image*4P + location
-        slopes = torch.zeros_like(planes).view(-1) if ctx.needs_input_grad[0] else None
+        total, slopes = cls.new_zeros(()), torch.zeros_like(planes) if ctx.needs_input_grad[0] else None
         for _, at, sub in pairs.chunks(rule.chunk, 1<<18):
-            place, pred = sub.cell + sub.image*(3*preds.n_locations), planes.new_empty(4, len(sub))
-            for k,side in enumerate(pred): torch.index_select(flat[k*preds.n_locations:], 0, place, out=side)
-            iou[at], loss = overlaps(pred.t(), sub.targets)
+            iou[at], loss = sub.overlaps(planes)
             prior = center_prior(sub, *rule.bag, rule.sigma)
             pos[at], neg[at], w, p = rule.weigh(joint_score(cls[at], obj[at]), iou[at], loss, prior, sub)
             extra[at] = w if rule.coupled else p
             total += (w*loss).sum()
-            if slopes is None: continue
-            g = torch.empty_like(pred)
-            for piece in pieces(w): giou_slopes(pred.t()[piece], sub.targets[piece], w[piece], g[:,piece])
-            for k,side in enumerate(g): slopes[k*preds.n_locations:].scatter_add_(0, place, side)
-        ctx.slopes = None if slopes is None else slopes.view_as(planes)
+            if slopes is not None: sub.add_giou_slopes(planes, w, slopes)
+        ctx.slopes = slopes
         ctx.mark_non_differentiable(*(x for x in (iou, pos, neg, box_weight, p_neg) if x is not None))
         return total, iou, pos, neg, box_weight, p_neg
 
     @staticmethod
     def backward(ctx, g, *_): return ctx.slopes*g, None, None, None, None, None
 
-# %% ../nbs/09_dw.ipynb #c048
+# %% ../nbs/09_dw.ipynb #c045
 NEGATIVES = 'both', 'probability', 'importance', 'complement', 'none'      # Table 5
 WEIGHTINGS = 'dw', 'gfl', 'vfl', 'tood', 'musu', 'autoassign'              # Tables 1 and 6
 
@@ -301,7 +258,7 @@ class DW(Method):
 
 
 
-# %% ../nbs/09_dw.ipynb #c050
+# %% ../nbs/09_dw.ipynb #c047
 @patch
 def dual(self:DW, score, iou, giou_loss, prior, pairs):
     "w_pos and P_neg, each (E,)."
@@ -322,7 +279,7 @@ def weigh(self:DW, score, iou, giou_loss, prior, pairs):
     trust = 1. if prior is None else prior
     return pos*trust, neg, (pos if self.paper else t)*trust, None
 
-# %% ../nbs/09_dw.ipynb #c052
+# %% ../nbs/09_dw.ipynb #c049
 @patch
 def divisors(self:DW, preds, objects, kept, box_weight, p_neg):
     "As released: of the positive and the negative terms."

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['Objects', 'np_cumsum', 'Predictions', 'Pairs', 'chunk_size', 'columns_between', 'rectangle_pairs', 'inside_pairs',
-           'center_pairs', 'nearest_on_axis', 'nearest_cells', 'nearest_pairs']
+           'center_pairs', 'nearest_on_axis', 'nearest_cells', 'nearest_pairs', 'pieces', 'overlaps', 'giou_slopes']
 
 # %% ../nbs/01_pairs.ipynb #c002
 import functools
 from typing import Sequence
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from .geometry import InputError, grid_points, boxes_to_distances
+from .geometry import InputError, grid_points, boxes_to_distances, distance_overlap, larger, loops_on, number_function, number_loop, run_jobs, smaller
 
 # %% ../nbs/01_pairs.ipynb #c005
 class Objects:
@@ -588,3 +589,173 @@ def third(self:Pairs,
 )->Tensor: # (E,) third-branch logit of each pair's location
     "Third-branch logits (objectness, centre-ness or IoU) at every pair, with gradient."
     return _GatherPlanes.apply(preds.obj_logits[:,None], self.image, self.loc)[0]
+
+# %% ../nbs/01_pairs.ipynb #c058
+def pieces(x:Tensor)->list:
+    "Slices of `x` (E, ...) that fit the cache of a CPU; long ones on a GPU."
+    size = 1 << (15 if x.device.type=='cpu' else 20)
+    return [slice(a, min(a+size, len(x))) for a in range(0, len(x), size)]
+
+@torch.no_grad()
+def overlaps(
+    pred:Tensor,   # (E, 4) px, distances to the predicted sides
+    target:Tensor, # (E, 4) px, distances to the object's sides
+    eps:float=1e-7, # px²
+): # IoU and 1 - GIoU, each (E,), without gradient
+    "IoU and GIoU loss from the same areas."
+    iou, loss = pred.new_empty(2, len(pred))
+    for at in pieces(pred):
+        inter, union, hull = distance_overlap(pred[at], target[at])
+        union, hull = union.clamp_(min=eps), hull.clamp_(min=eps)
+        torch.sub(2, torch.div(inter, union, out=iou[at]), out=loss[at]).sub_(union.div_(hull))
+    return iou, loss
+
+@torch.no_grad()
+def giou_slopes(
+    pred:Tensor,   # (E, 4) px, distances to the predicted sides
+    target:Tensor, # (E, 4) px, distances to the object's sides
+    weight:Tensor, # (E,)
+    eps:float=1e-7, # px²
+)->Tensor: # (4, E)
+    "Gradient of Σ weight·(1-GIoU) with respect to `pred`."
+    least, most, out = torch.minimum, torch.maximum, pred.new_empty(4, len(pred))
+    for at in pieces(pred):
+        (l,t,r,b), (L,T,R,B), k = pred[at].unbind(-1), target[at].unbind(-1), weight[at]
+        iw, ih = least(l,L).add_(least(r,R)), least(t,T).add_(least(b,B))
+        by_x, by_y = ih.clamp(min=0).mul_(iw >= 0), iw.clamp(min=0).mul_(ih >= 0)    # boxes that do not touch have no slope of I
+        hw, hh = most(l,L).add_(most(r,R)), most(t,T).add_(most(b,B))
+        w, h = l+r, t+b
+        inter = by_x*iw.clamp_(min=0); hull = (hw*hh).clamp_(min=eps)
+        union = torch.addcmul(w*h, L+R, T+B).sub_(inter).clamp_(min=eps)
+        by_union = (inter/union.square()).sub_(1/hull).mul_(k)
+        by_inter = -(k/union).add_(by_union)
+        by_hull = union.div_(hull.square_()).mul_(k)
+        for p,q,inner,outer,side,row in ((l,L,by_x,hh,h,out[0,at]), (t,T,by_y,hw,w,out[1,at]), (r,R,by_x,hh,h,out[2,at]), (b,B,by_y,hw,w,out[3,at])):
+            if_far = torch.addcmul(side*by_union, outer, by_hull)                   # the prediction's side lies beyond the object's
+            if_near = (inner*by_inter).sub_(outer*by_hull)                          # what changes when it does not
+            torch.addcmul(if_far, (q-p).sign_().add_(1).mul_(.5), if_near, out=row) # half of it where they coincide
+    return out
+
+# %% ../nbs/01_pairs.ipynb #c061
+_ZERO, _HALF, _ONE, _TWO, _EPS = (np.float32(x) for x in (0,.5,1,2,1e-7))
+_AT_ONCE = 1024
+
+@number_loop()
+def _pick(x, at, out):
+    for i in range(len(at)): out[i] = x[np.uintp(at[i])]                # unsigned: no test for an index from the end
+
+@number_loop()
+def _put(x, at, out):
+    for i in range(len(at)): out[np.uintp(at[i])] += x[i]
+
+@number_loop()
+def _pick_sides(planes, points, at, image, s):
+    "Predicted sides into rows 0-3 of `s`, the locations' x and y into 4 and 5."
+    for k in range(4): _pick(planes[image,k], at, s[k])
+    for i in range(len(at)): s[4,i] = points[np.uintp(at[i]),0]; s[5,i] = points[np.uintp(at[i]),1]
+
+@number_loop()
+def _overlap_columns(s, n, x1, y1, x2, y2):
+    "IoU and 1 - GIoU with one box: rows 6 and 7 of `s`, columns 0 ... n-1."
+    area = (x2-x1)*(y2-y1)
+    for i in range(n):
+        l, t, r, b, x, y = s[0,i], s[1,i], s[2,i], s[3,i], s[4,i], s[5,i]
+        L, T, R, B = x-x1, y-y1, x2-x, y2-y
+        inter = larger(smaller(l,L)+smaller(r,R), _ZERO)*larger(smaller(t,T)+smaller(b,B), _ZERO)
+        union = larger((l+r)*(t+b) + area - inter, _EPS)
+        hull = larger((larger(l,L)+larger(r,R))*(larger(t,T)+larger(b,B)), _EPS)
+        iou = inter/union
+        s[6,i] = iou; s[7,i] = _TWO - iou - union/hull
+
+@number_function
+def _side_slope(p, q, inner, outer, side, by_inter, by_union, by_hull):
+    far = side*by_union + outer*by_hull
+    return far + (_ONE if p < q else _HALF if p == q else _ZERO)*(inner*by_inter - outer*by_hull)
+
+@number_loop()
+def _slope_columns(s, n, x1, y1, x2, y2):
+    "Weights (row 6) times the slopes of 1 - GIoU: into rows 0-3 of `s`."
+    area = (x2-x1)*(y2-y1)
+    for i in range(n):
+        l, t, r, b, x, y, k = s[0,i], s[1,i], s[2,i], s[3,i], s[4,i], s[5,i], s[6,i]
+        L, T, R, B = x-x1, y-y1, x2-x, y2-y
+        iw, ih = smaller(l,L)+smaller(r,R), smaller(t,T)+smaller(b,B)
+        cw, ch = larger(iw,_ZERO), larger(ih,_ZERO)
+        by_x = ch if iw >= _ZERO else _ZERO
+        by_y = cw if ih >= _ZERO else _ZERO
+        w, h, hw, hh, inter = l+r, t+b, larger(l,L)+larger(r,R), larger(t,T)+larger(b,B), cw*ch
+        by_area, by_whole = _ONE/larger(w*h + area - inter, _EPS), _ONE/larger(hw*hh, _EPS)      # 1/U, 1/H
+        by_union = (inter*by_area*by_area - by_whole)*k
+        by_inter = -(by_union + k*by_area)
+        by_hull = by_whole*by_whole/by_area*k
+        s[0,i] = _side_slope(l, L, by_x, hh, h, by_inter, by_union, by_hull); s[1,i] = _side_slope(t, T, by_y, hw, w, by_inter, by_union, by_hull)
+        s[2,i] = _side_slope(r, R, by_x, hh, h, by_inter, by_union, by_hull); s[3,i] = _side_slope(b, B, by_y, hw, w, by_inter, by_union, by_hull)
+
+_LISTS = 'f4[:,:,::1],f4[:,::1],i8[::1],i8[::1],f4[:,::1],i8[::1],i8,i8,i8'
+
+@number_loop(f'void({_LISTS},f4[::1],f4[::1])')
+def _overlap_loop(planes, points, loc, lengths, boxes, image, a, first, last, iou, loss):
+    "IoU and GIoU loss of the pairs of objects first ... last-1, which begin at `a`."
+    s = np.empty((8,_AT_ONCE), np.float32)
+    for n in range(first, last):
+        end = a + lengths[n]
+        while a < end:
+            b = min(a+_AT_ONCE, end)
+            _pick_sides(planes, points, loc[a:b], image[n], s)
+            _overlap_columns(s, b-a, boxes[n,0], boxes[n,1], boxes[n,2], boxes[n,3])
+            iou[a:b] = s[6,:b-a]; loss[a:b] = s[7,:b-a]
+            a = b
+
+@number_loop(f'void({_LISTS},f4[::1],f4[:,:,::1])')
+def _slope_loop(planes, points, loc, lengths, boxes, image, a, first, last, weight, out):
+    "Slopes of the same objects, added to `out` (B, 4, P)."
+    s = np.empty((8,_AT_ONCE), np.float32)
+    for n in range(first, last):
+        end = a + lengths[n]
+        while a < end:
+            b = min(a+_AT_ONCE, end)
+            _pick_sides(planes, points, loc[a:b], image[n], s)
+            s[6,:b-a] = weight[a:b]
+            _slope_columns(s, b-a, boxes[n,0], boxes[n,1], boxes[n,2], boxes[n,3])
+            for k in range(4): _put(s[k], loc[a:b], out[image[n],k])
+            a = b
+
+# %% ../nbs/01_pairs.ipynb #c063
+def _image_jobs(f, pairs, planes, *more):
+    "Calls of a loop, one for each run of objects of one image."
+    o, lengths = pairs.objects, pairs.lengths.numpy()
+    image = o.image.numpy()
+    cuts = [0, *(np.flatnonzero(np.diff(image))+1).tolist(), len(image)]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+    lists = [x.detach().contiguous().numpy() for x in (planes, pairs.points, pairs.loc, pairs.lengths, o.boxes, o.image)]
+    return [(f, *lists, starts[a], a, b, *(x.numpy() for x in more)) for a,b in zip(cuts, cuts[1:]) if b > a]
+
+def _gather_sides(pairs, planes):
+    "Predicted sides (4, E), and where they stand in `planes`."
+    p = planes.shape[2]; at, flat = pairs.image*(4*p) + pairs.loc, planes.reshape(-1)
+    out = planes.new_empty(4, len(pairs))
+    for k,side in enumerate(out): torch.index_select(flat[k*p:], 0, at, out=side)
+    return out, at
+
+@patch
+@torch.no_grad()
+def overlaps(self:Pairs,
+    planes:Tensor, # (B, 4, P) px, predicted distances (`Predictions.distance_planes`)
+): # IoU and 1 - GIoU, each (E,), without gradient
+    "How well each pair's predicted box fits its object."
+    if not loops_on(planes, self.points, self.objects.boxes): return overlaps(_gather_sides(self, planes)[0].t(), self.targets)
+    out = planes.new_empty(2, len(self))
+    run_jobs(_image_jobs(_overlap_loop, self, planes, *out))
+    return out.unbind()
+
+@patch
+@torch.no_grad()
+def add_giou_slopes(self:Pairs,
+    planes:Tensor, # (B, 4, P) px, predicted distances
+    weight:Tensor, # (E,)
+    out:Tensor,    # (B, 4, P), contiguous
+):
+    "Add the gradient of Σ weight·(1-GIoU) with respect to `planes` to `out`."
+    if loops_on(planes, self.points, self.objects.boxes, weight): run_jobs(_image_jobs(_slope_loop, self, planes, weight.contiguous(), out)); return
+    (pred, at), p, flat = _gather_sides(self, planes), planes.shape[2], out.view(-1)
+    for k,side in enumerate(giou_slopes(pred.t(), self.targets, weight)): flat[k*p:].scatter_add_(0, at, side)
