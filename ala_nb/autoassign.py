@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .geometry import InputError, distance_iou, distance_giou, larger, loops_on, number_loop, run_jobs, smaller
-from .pairs import chunk_size, Predictions, Objects, Pairs, inside_pairs
-from .losses import ClassTable, focal_positive, focal_negative, normalizer
+from .geometry import InputError, distance_iou, distance_giou, larger, loops_on, number_function, number_loop, run_jobs, smaller
+from .pairs import chunk_size, Predictions, Objects, Pairs, inside_pairs, LISTS, image_jobs, pick, pick_sides, put, overlap_columns, slope_columns
+from .losses import ClassTable, focal_positive, focal_negative, normalizer, cost_and_odds, exp_of, sigmoids
 from .methods import Method, HeadSpec, Assignment, choice, in_range
 
 # %% ../nbs/08_autoassign.ipynb #c005
@@ -201,20 +201,138 @@ def negative(self:_Bags, on, at, sub, kept):
     if self.grad: self.keep(1, at, cell, slope_w.sub_(slope).mul_(counts), not_c, not_o)
 
 # %% ../nbs/08_autoassign.ipynb #c032
+_HALF, _ONE, _TWO, _FAR, _EPS, _BEST = (np.float32(x) for x in (.5, 1, 2, FAR, EPS, 1e30))
+
+@number_loop()
+def _weigh_columns(s, n, x1, y1, x2, y2, mu, inv_sigma, reg, k, use_prior):
+    "Rows of `s`, in: 4 x, 5 y, 7 1-GIoU, 8 c, 9 o, 10 stride; out: 8 σ(-c), 9 σ(-o), 10 and 11 z, 12 prior, 13 P, 14 e. Sums of e, e·P and the prior."
+    total, mean, prior = _ZERO, _ZERO, _ZERO
+    for i in range(n):
+        near_c, far_c = sigmoids(s[8,i]); near_o, far_o = sigmoids(s[9,i])
+        p = near_c*near_o*exp_of(-reg*s[7,i])
+        by_stride, x, y = _HALF/s[10,i], s[4,i], s[5,i]
+        zx, zy = (((x-x1)-(x2-x))*by_stride - mu[0])*inv_sigma[0], (((y-y1)-(y2-y))*by_stride - mu[1])*inv_sigma[1]
+        g = exp_of(larger(-_HALF*(zx*zx + zy*zy), _FAR))
+        e = exp_of(p*k)*(g if use_prior else _ONE)
+        total += e; mean += e*p; prior += g
+        s[8,i] = far_c; s[9,i] = far_o; s[10,i] = zx; s[11,i] = zy; s[12,i] = g; s[13,i] = p; s[14,i] = e
+    return total, mean, prior
+
+@number_loop()
+def _positive_slopes(s, n, by_total, slope, mean, reg, k, w_pos, g_cls):
+    "From the rows above: weights, slopes of c; of o into row 9, the weight of 1-GIoU into row 6, the bag's of μ and σ (loss, then prior) as sums."
+    bx, by, bxx, byy, gx, gy, gxx, gyy = _ZERO, _ZERO, _ZERO, _ZERO, _ZERO, _ZERO, _ZERO, _ZERO
+    for i in range(n):
+        p, zx, zy, g = s[13,i], s[10,i], s[11,i], s[12,i]
+        w = s[14,i]*by_total; w_pos[i] = w
+        b = (p-mean)*w*slope                                              # ∂/∂log e
+        by_q = (w*slope + b*k)*p                                          # ∂/∂log P: as a likelihood, and as a weight
+        g_cls[i] = by_q*s[8,i]; s[9,i] = by_q*s[9,i]; s[6,i] = -reg*by_q
+        bx += b*zx; by += b*zy; bxx += b*zx*zx; byy += b*zy*zy
+        gx += g*zx; gy += g*zy; gxx += g*zx*zx; gyy += g*zy*zy
+    return bx, by, bxx, byy, gx, gy, gxx, gyy
+
+@number_loop()
+def _raise_to(x, at, best):
+    for i in range(len(at)): best[np.uintp(at[i])] = larger(best[np.uintp(at[i])], x[i])
+
+@number_loop(f'f8({LISTS},f4[::1],f4[::1],f4[:,::1],f4[:,::1],f4[:,::1],f4,f4,f4,b1,b1,f4[::1],f4[:,::1],f4[::1],f4[::1],f4[:,::1],f4[:,:,::1],f4[:,::1])')
+def _positive_loop(planes, points, loc, lengths, boxes, image, a, first, last, strides, cls, obj, mu, inv_sigma, reg, k, tiny, use_prior, grad, prior, known, w_pos, g_cls, g_obj, g_planes, g_slopes):
+    "-Σ log of the bags' mean confidence; mu and inv_sigma (N, 2), obj, known, g_obj (B, P), g_slopes (N, 8)."
+    s, loss = np.empty((15, lengths[first:last].max()), np.float32), 0.
+    for n in range(first, last):
+        m = lengths[n]; at, im = loc[a:a+m], image[n]; here = slice(a, a+m); a += m
+        x1, y1, x2, y2 = boxes[n,0], boxes[n,1], boxes[n,2], boxes[n,3]
+        pick_sides(planes, points, at, im, s); pick(obj[im], at, s[9]); pick(strides, at, s[10]); s[8,:m] = cls[here]
+        overlap_columns(s, m, x1, y1, x2, y2)
+        _raise_to(s[6], at, known[im])
+        total, mean, prior[n] = _weigh_columns(s, m, x1, y1, x2, y2, mu[n], inv_sigma[n], reg, k, use_prior)
+        total = larger(total, _EPS); mean = mean/total; ok = not mean <= tiny
+        loss += -math.log(mean) if ok else 100.
+        sums = _positive_slopes(s, m, _ONE/total, -_ONE/mean if ok else _ZERO, mean, reg, k, w_pos[here], g_cls[here])
+        if grad:
+            for j in range(8): g_slopes[n,j] = sums[j]
+            slope_columns(s, m, x1, y1, x2, y2)
+            for j in range(4): put(s[j], at, g_planes[im,j])
+            put(s[9], at, g_obj[im])
+    return loss
+
+@number_loop()
+def _negative_columns(s, n, high, by_range, w_neg, g_cls):
+    "Rows of `s`, in: 0 1/(1-IoU), 1 c, 2 o, 3 counts or not; out: 2, slope of o. The sum of F(w⁻q) - F(q)."
+    total = _ZERO
+    for i in range(n):
+        near_c, far_c = sigmoids(s[1,i]); near_o, far_o = sigmoids(s[2,i])
+        w = (high-s[0,i])*by_range; w_neg[i] = w
+        q, rest = near_c*near_o, far_c + near_c*far_o
+        v = w*q
+        cost, odds = cost_and_odds(q, rest); cost_w, odds_w = cost_and_odds(v, rest + (_ONE-w)*q)
+        total += (v*v*cost_w - q*q*cost)*s[3,i]
+        by_q = (v*v*(_TWO*cost_w + odds_w) - q*q*(_TWO*cost + odds))*s[3,i]
+        g_cls[i] = by_q*far_c; s[2,i] = by_q*far_o
+    return total
+
+@number_function
+def _by_range(low, high): return _ONE/((high-low)+_EPS)                   # a function of its own: a loop may sum in any order, and low-EPS is low
+
+@number_loop(f'f8({LISTS},f4[::1],f4[:,::1],f4[:,::1],f4[::1],b1,f4[::1],f4[::1],f4[:,::1])')
+def _negative_loop(planes, points, loc, lengths, boxes, image, a, first, last, cls, obj, known, counts, grad, w_neg, g_cls, g_obj):
+    "What w⁻ changes of the dense term; counts (E,) 0 or 1."
+    s, loss = np.empty((4, lengths[first:last].max()), np.float32), 0.
+    for n in range(first, last):
+        m = lengths[n]; at, im = loc[a:a+m], image[n]; here = slice(a, a+m); a += m
+        pick(known[im], at, s[0]); pick(obj[im], at, s[2]); s[1,:m] = cls[here]; s[3,:m] = counts[here]
+        low, high = _BEST, -_BEST
+        for i in range(m):
+            t = _ONE/larger(_ONE-s[0,i], _EPS); s[0,i] = t
+            low, high = smaller(t, low), larger(t, high)
+        loss += _negative_columns(s, m, high, _by_range(low, high), w_neg[here], g_cls[here])
+        if grad: put(s[2], at, g_obj[im])
+    return loss
+
+@patch
+def looped(self:_Bags, mu, sigma):
+    "Whether the loops serve: float32 on a CPU, and the rule as released or with another prior."
+    rule = self.rule
+    return rule.variant=='released' and rule.confidence=='joint' and not rule.detach and self.obj is not None and loops_on(self.planes, self.cls, self.obj, mu, sigma, self.preds.points)
+
+@patch
+def positive_loops(self:_Bags, pairs):
+    "`positive` for all bags."
+    rule, (b,p) = self.rule, (self.preds.n_images, self.preds.n_locations); f = np.float32
+    g_cls, g_obj, g_planes = (self.g_cls[0], self.g_obj[0].view(b,p), self.g_planes) if self.grad else (torch.empty_like(self.cls), self.cls.new_empty(1,1), self.cls.new_empty(1,1,1))
+    slopes = self.cls.new_zeros(len(pairs.objects) if self.grad else 1, 8)
+    self.pos = self.pos + sum(run_jobs(image_jobs(_positive_loop, pairs, self.planes, self.preds.strides, self.cls, self.obj.view(b,p), self.mu.t().contiguous(), self.inv_sigma.t().contiguous(),
+        f(rule.reg_weight), f(1/rule.tau), f(self.tiny), rule.centre!='none', self.grad, self.prior, self.known.view(b,p), self.w_pos, g_cls, g_obj, g_planes, slopes)))
+    if self.grad and self.learned: self.g_slopes = (slopes.t().view(4,2,-1)*self.inv_sigma).view(8,-1)
+
+@patch
+def negative_loops(self:_Bags, pairs, kept):
+    "`negative` for all bags."
+    b, p = self.preds.n_images, self.preds.n_locations
+    g_cls, g_obj = (self.g_cls[1], self.g_obj[1].view(b,p)) if self.grad else (torch.empty_like(self.cls), self.cls.new_empty(1,1))
+    self.neg = self.neg + sum(run_jobs(image_jobs(_negative_loop, pairs, self.planes, self.cls, self.obj.view(b,p), self.known.view(b,p), kept.to(self.cls.dtype), self.grad, self.w_neg, g_cls, g_obj)))
+
+# %% ../nbs/08_autoassign.ipynb #c034
 class _BagSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rule, preds, pairs, cls, obj, planes, mu, sigma):
         ctx.set_materialize_grads(False)
         need = ctx.needs_input_grad
         run = _Bags(rule, preds, cls, obj, planes, mu, sigma, need[6] or need[7], any(need))
-        for chunk in pairs.chunks(rule.chunk): run.positive(*chunk)
+        looped = run.looped(mu, sigma)
+        if looped: run.positive_loops(pairs)
+        else:
+            for chunk in pairs.chunks(rule.chunk): run.positive(*chunk)
         if rule.negative_weighting:
             if rule.other_objects: best_iou(preds, pairs.objects, run.known)
             if rule.variant == 'paper':                                   # no order: of several objects of a class the smallest w⁻ stands
                 for _,at,sub in pairs.chunks(rule.chunk): run.w_neg[at] = negative_weights(sub, run.known.index_select(0, sub.cell))
                 kept = pairs.best_of_class(-run.w_neg)
             else: kept = pairs.last_of_class()
-            for chunk in pairs.chunks(rule.chunk): run.negative(*chunk, kept)
+            if looped: run.negative_loops(pairs, kept)
+            else:
+                for chunk in pairs.chunks(rule.chunk): run.negative(*chunk, kept)
         if run.grad: ctx.grads = run.g_cls, None if obj is None else run.g_obj.view(2, *obj.shape), run.g_planes, run.g_slopes.view(4,2,-1)
         ctx.mark_non_differentiable(run.w_pos, run.w_neg)
         return run.pos, run.neg, run.prior, run.w_pos, run.w_neg
@@ -234,7 +352,7 @@ def _scaled(*terms):
         if a is not None: out = x*a if out is None else out.add_(x*a)
     return out
 
-# %% ../nbs/08_autoassign.ipynb #c034
+# %% ../nbs/08_autoassign.ipynb #c036
 def centre_loss(
     prior:Tensor, # (N,) centre prior summed over each object's bag
     objects:Objects,
@@ -252,7 +370,7 @@ def explicit_objectness(
     loss = target*focal_positive(obj_logits) + (1-target)*.75*focal_negative(obj_logits)
     return loss.sum()/normalizer(target.sum())
 
-# %% ../nbs/08_autoassign.ipynb #c035
+# %% ../nbs/08_autoassign.ipynb #c037
 class AutoAssign(Method):
     "AutoAssign: all locations in a box, weighted by a learned centre prior and the predictions' confidence."
     def __init__(self,

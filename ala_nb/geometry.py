@@ -8,8 +8,9 @@ __all__ = ['number_function', 'InputError', 'level_sizes', 'grid_points', 'dista
            'compiled', 'number_loop', 'loops_on', 'smaller', 'larger', 'run_jobs']
 
 # %% ../nbs/00_geometry.ipynb #c002
-import functools, math, os
+import functools, math, os, zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Sequence
 import numpy as np
 import torch
@@ -126,6 +127,9 @@ try:
     if numba.config.DISABLE_JIT: numba = None                    # interpreted, a loop over numbers is a thousand times slower than tensors
 except ImportError: numba = None
 
+# numba looks at the file of a function only to see whether what it kept is stale; ours call each other across files.
+_STAMP = zlib.crc32(str(sorted((f.name, f.stat().st_mtime_ns) for f in Path(__file__).parent.glob('*.py'))).encode()) if '__file__' in globals() else 0
+
 def compiled(
     f,              # function over numbers and numpy arrays
     signature=None, # types of arguments and result, as numba writes them; None: compiled when first called
@@ -134,6 +138,7 @@ def compiled(
     "A loop as machine code, kept on the disk from process to process."
     # With a signature it is compiled, or loaded, with its module: not inside the first training step.
     if numba is None: return f
+    f.__qualname__ += f'_{_STAMP:08x}'
     make = functools.partial(numba.njit, *([signature] if signature else []), error_model='numpy', **options)
     try: return make(cache=True)(f)
     except RuntimeError: return make()(f)                        # no folder to keep it in

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LINE', 'JOB', 'BLOCK', 'focal_positive', 'focal_negative', 'quality_focal', 'varifocal_positive', 'joint_score',
-           'log_joint', 'log_not_joint', 'joint_positive', 'joint_negative', 'normalizer', 'dense_negative',
-           'ClassTable']
+           'log_joint', 'log_not_joint', 'joint_positive', 'joint_negative', 'normalizer', 'exp_of', 'sigmoids',
+           'cost_and_odds', 'softplus_of', 'dense_negative', 'ClassTable']
 
 # %% ../nbs/02_losses.ipynb #c002
 import math, mmap, threading, weakref
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .geometry import loops_on, number_function, number_loop, run_jobs
+from .geometry import larger, loops_on, number_function, number_loop, run_jobs
 from .pairs import Predictions, Pairs
 
 # %% ../nbs/02_losses.ipynb #c005
@@ -110,7 +110,7 @@ _ZERO, _ONE, _TWO, _HALF, _INV_LN2, _LN2 = _float(0), _float(1), _float(2), _flo
 _HIGH = _float(.693359375); _LOW = _float(math.log(2)-.693359375)                # ln 2 in two parts: k·_HIGH has no rounding
 _E2,_E3,_E4,_E5,_E6,_E7 = (_float(1/math.factorial(n)) for n in range(2,8))
 _A3,_A5,_A7,_A9 = (_float(2/n) for n in (3,5,7,9))
-_FAR = _float(87)                                                            # e⁻⁸⁷ is the last that float32 holds in full
+_FAR, _ROOT = _float(-87), _float(math.sqrt(2)-1)
 
 @number_function
 def _exp(x):
@@ -126,42 +126,64 @@ def _artanh2(z):
     y = z*z
     return ((((_A9*y + _A7)*y + _A5)*y + _A3)*y + _TWO)*z
 
-# %% ../nbs/02_losses.ipynb #c026
+# %% ../nbs/02_losses.ipynb #c025
+@number_function
+def exp_of(x):
+    "eˣ; x below -87 as -87 (e⁻⁸⁷ is the last that float32 holds in full), and x <= 88."
+    return _exp(larger(x, _FAR))
+
+@number_function
+def sigmoids(x):
+    "σ(x) and σ(-x)."
+    e = exp_of(-abs(x))
+    s = _ONE/(_ONE+e); t = e*s
+    return (t, s) if x < _ZERO else (s, t)
+
+@number_function
+def cost_and_odds(q, rest):
+    "-log(1-q) and q/(1-q); `rest` is 1-q, above 0."
+    bits = _float(rest).view(np.int32)
+    k = _int(_int(bits - _int(0x3f3504f3)) >> _int(23))                   # 0x3f3504f3 is √½: rest = 2ᵏ·m
+    m = _int(bits - _int(k << _int(23))).view(np.float32)
+    r = _ONE/((_ONE+m)*rest)
+    return _artanh2((q if k == _int(0) else _ONE-m)*rest*r) - _float(k)*_LN2, q*(_ONE+m)*r
+
+@number_function
+def softplus_of(x):
+    "log(1 + eˣ)."
+    e = exp_of(-abs(x))
+    half = e > _ROOT                                                      # 1+e > √2: take out a factor 2
+    m = e*_HALF - _HALF if half else e                                    # of 1+e: m+1, m from √½-1 to √2-1
+    return _artanh2(m/(_TWO+m)) + (_LN2 if half else _ZERO) + (_ZERO if x < _ZERO else x)
+
+# %% ../nbs/02_losses.ipynb #c028
 @number_loop()
 def _dense_line(c, o, not_o, scale, grad, slope):
     "Sum of F over the class logits `c` (n,); its gradient into `grad`, q·dF/dq added to `slope`. `o`, `not_o` (n,) are σ(obj), σ(-obj)."
     total = _ZERO
     for i in range(len(c)):
-        x = c[i]; a = abs(x)
-        e = _exp(-(_FAR if a > _FAR else a))
-        s = _ONE/(_ONE+e); t = e*s
-        s, n = (t, s) if x < _ZERO else (s, t)                               # σ(c), σ(-c)
-        q = s*o[i]; rest = n + s*not_o[i]                                 # rest = 1-q
-        bits = _float(rest).view(np.int32)
-        k = _int(_int(bits - _int(0x3f3504f3)) >> _int(23))                       # 0x3f3504f3 is √½: rest = 2ᵏ·m
-        m = _int(bits - _int(k << _int(23))).view(np.float32)
-        r = _ONE/((_ONE+m)*rest)
-        log = _artanh2((q if k == _int(0) else _ONE-m)*rest*r) - _float(k)*_LN2   # -log(1-q)
+        s, n = sigmoids(c[i])
+        q = s*o[i]
+        cost, odds = cost_and_odds(q, n + s*not_o[i])
         q2 = q*q*scale
-        by_q = q2*(_TWO*log + q*(_ONE+m)*r)
-        total += q2*log; grad[i] = by_q*n; slope[i] += by_q
+        by_q = q2*(_TWO*cost + odds)
+        total += q2*cost; grad[i] = by_q*n; slope[i] += by_q
     return total
 
 @number_loop()
 def _plain_line(c, scale, grad):
-    "The same without an objectness, where -log(1-q) is max(c, 0) + log(1 + e^-|c|)."
+    "The same without an objectness, where -log(1-q) is softplus: written out, since all of it can share one division."
     total = _ZERO
     for i in range(len(c)):
-        x = c[i]; a = abs(x)
-        e = _exp(-(_FAR if a > _FAR else a))
-        half = e > _float(.41421356)                                          # 1+e > √2: take out a factor 2
-        m = e*_HALF - _HALF if half else e                                # of 1+e: m+1, m from √½-1 to √2-1
+        x = c[i]; e = exp_of(-abs(x))
+        half = e > _ROOT
+        m = e*_HALF - _HALF if half else e
         r = _ONE/((_ONE+e)*(_TWO+m))
         s = (_TWO+m)*r; t = e*s
         s, n = (t, s) if x < _ZERO else (s, t)
-        log = _artanh2(m*(_ONE+e)*r) + (_LN2 if half else _ZERO) + (_ZERO if x < _ZERO else x)
+        cost = _artanh2(m*(_ONE+e)*r) + (_LN2 if half else _ZERO) + (_ZERO if x < _ZERO else x)
         q2 = s*s*scale
-        total += q2*log; grad[i] = q2*(_TWO*n*log + s)
+        total += q2*cost; grad[i] = q2*(_TWO*n*cost + s)
     return total
 
 LINE = 4096 # logits of one class at a time: sums of so many keep float32's precision, and a line of each array stays in the cache
@@ -196,7 +218,7 @@ def _dense_rows(c, o, not_o, scale, grad, slope, start, end):
             for i in range((j-a)*classes, (j-a+1)*classes): slope[j] += slopes[i]
     return total
 
-# %% ../nbs/02_losses.ipynb #c028
+# %% ../nbs/02_losses.ipynb #c030
 def _exact_block(x, obj, scale, grad):
     "Sum of F over a block of any dtype and device, and the gradient into `grad`; returns q·dF/dq (for the objectness). `obj` are objectness logits, broadcastable, or None."
     S, N = torch.sigmoid(x), torch.sigmoid(-x)
@@ -241,7 +263,7 @@ def _fresh(like:Tensor)->Tensor:
     weakref.finalize(memory, _SPARE.append, pages)                        # runs when the last tensor on it is gone
     return torch.from_numpy(memory).view(like.dtype).view(like.shape)
 
-# %% ../nbs/02_losses.ipynb #c030
+# %% ../nbs/02_losses.ipynb #c032
 JOB = 1 << 18 # logits a job of the compiled loop
 BLOCK = 3 << 16, 1 << 23 # logits a block of tensor operations, on a CPU (its dozen buffers stay near the cache) and elsewhere
 
@@ -293,7 +315,7 @@ def dense_negative(
     if go is not None: go.mul_(torch.sigmoid(-obj))
     return total.to(first.dtype), *((grads, go) if need_grad else (None, None))
 
-# %% ../nbs/02_losses.ipynb #c036
+# %% ../nbs/02_losses.ipynb #c038
 class _Reader:
     "Where each pair's logit stands in the class blocks, and the dense gradient while it waits for the backward pass."
     # Apart from ClassTable, so that autograd's graph never points back at its own outputs: such a cycle keeps every gradient alive until a garbage collection.
@@ -363,7 +385,7 @@ class _DenseNegative(torch.autograd.Function):
         go, = ctx.saved_tensors
         return None, g, None if go is None else go*g, None
 
-# %% ../nbs/02_losses.ipynb #c037
+# %% ../nbs/02_losses.ipynb #c039
 class ClassTable:
     "The class logits of a batch, read at the pairs of their objects' classes and summed as negatives."
     def __init__(self,
