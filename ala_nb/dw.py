@@ -9,13 +9,14 @@ __all__ = ['BAGS', 'NEGATIVES', 'WEIGHTINGS', 'consistency', 'pos_weight', 'read
 
 # %% ../nbs/09_dw.ipynb #c002
 import math
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
-from .geometry import InputError
-from .pairs import chunk_size, pieces, Predictions, Objects, Pairs, inside_pairs, center_pairs, nearest_pairs
-from .losses import ClassTable, joint_score, log_joint, log_not_joint, normalizer
+from .geometry import InputError, larger, loops_on, number_function, number_loop, run_jobs, smaller
+from .pairs import chunk_size, pieces, Predictions, Objects, Pairs, inside_pairs, center_pairs, nearest_pairs, LISTS, image_jobs, pick, pick_sides, put, overlap_columns, slope_columns
+from .losses import ClassTable, joint_score, log_joint, log_not_joint, normalizer, cost_and_odds, exp_of, sigmoids, softplus_of
 from .methods import Method, HeadSpec, Assignment, choice, in_range
 
 # %% ../nbs/09_dw.ipynb #c006
@@ -77,7 +78,7 @@ def center_prior(
     if kind in ('topk','radius'): return None
     l,t,r,b = pairs.targets.unbind(-1)
     r2 = (l-r).square_().add_((t-b).square_()).div_(pairs.stride.square()).div_(4)       # (l-r)/2 and (t-b)/2 from the centre
-    prior = r2.div_(-2*sigma**2).exp_()
+    prior = r2.div_(-2*sigma**2).clamp_(min=-60.).exp_()                   # e⁻⁶⁰ is as good as 0, and a CPU's exp is ten times slower where its result cannot be represented
     return prior if kind=='soft' else (prior > size).to(prior)
 
 # %% ../nbs/09_dw.ipynb #c017
@@ -161,10 +162,40 @@ def _score_parts(c, o):
     s, rest = near*torch.sigmoid(o), torch.addcmul(far_c, near, far_o).clamp_(min=torch.finfo(c.dtype).tiny)
     return s, -torch.where(s < .5, torch.log1p(-s), rest.log()), rest, far_c, far_o
 
+_ZERO, _HALF, _ONE, _TWO = (np.float32(x) for x in (0, .5, 1, 2))
+
+@number_function
+def _times(a, b): return a*b                                              # a function of its own: a loop may multiply and add up in any order
+@number_function
+def _width(best, low, eps): return (best-low) + eps
+
+@number_loop('UniTuple(f8,3)(f4[::1],f4[::1],f4[::1],f4[::1],f4[::1],f4,f4,f4,f4[::1],f4[::1])')
+def _class_terms_loop(cls, obj, yes, no, focal, g_yes, g_no, g_focal, by_cls, by_obj):
+    "The three sums for γ = 2, and the slopes of the sums weighted with g."
+    a, b, c = _ZERO, _ZERO, _ZERO
+    for i in range(len(cls)):
+        near_c, far_c = sigmoids(cls[i]); near_o, far_o = sigmoids(obj[i])
+        s = near_c*near_o; rest = far_c + near_c*far_o
+        cost, odds = cost_and_odds(s, rest)
+        f = focal[i]*s*s
+        a += (softplus_of(-cls[i]) + softplus_of(-obj[i]))*yes[i]; b += no[i]*cost; c += f*cost
+        f *= g_focal
+        by_log, by_odds = _TWO*f*cost - g_yes*yes[i], f + g_no*no[i]                       # d / d ln s, and its part that goes with s/(1-s)
+        by_cls[i] = by_log*far_c + by_odds*_times(odds, far_c); by_obj[i] = by_log*far_o + by_odds*_times(odds, far_o)   # σ(-c) ≤ 1-s: their ratio cannot overflow
+    return a, b, c
+
+def _looped_terms(cls, obj, weights, factors):
+    "Calls of the loop on pieces of the lists: the sums, and the slopes (2, E)."
+    out = cls.new_empty(2, len(cls)); nothing = None if all(w is not None for w in weights) else torch.zeros_like(cls)
+    lists = [x.detach().contiguous().numpy() for x in (cls, obj, *(nothing if w is None else w for w in weights))]
+    sums = run_jobs((_class_terms_loop, *(x[at] for x in lists), *map(np.float32, factors), *(x[at].numpy() for x in out)) for at in pieces(cls))
+    return np.array(sums).reshape(-1,3).sum(0).tolist(), out
+
 class _ClassTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cls, obj, yes, no, focal, gamma):
         ctx.save_for_backward(cls, obj, yes, no, focal); ctx.gamma = gamma
+        if gamma == 2 and loops_on(cls, obj): return cls.new_tensor(_looped_terms(cls, obj, (yes,no,focal), (0,0,0))[0]).unbind()
         sums = cls.new_zeros(3)
         for at in pieces(cls):
             if yes is not None: sums[0] -= (F.logsigmoid(cls[at]).add_(F.logsigmoid(obj[at]))*yes[at]).sum()
@@ -177,6 +208,7 @@ class _ClassTerms(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_yes, g_no, g_focal):
         (cls, obj, yes, no, focal), gamma = ctx.saved_tensors, ctx.gamma
+        if gamma == 2 and loops_on(cls, obj): return *_looped_terms(cls, obj, (yes,no,focal), (g_yes,g_no,g_focal))[1], None, None, None, None
         out = cls.new_empty(2, len(cls))
         for at in pieces(cls):
             s, cost, rest, far_c, far_o = _score_parts(cls[at], obj[at])
@@ -201,6 +233,53 @@ def class_terms(
     return _ClassTerms.apply(cls, obj, yes, no, focal, gamma)
 
 # %% ../nbs/09_dw.ipynb #c043
+_GOOD, _EPS, _FAR, _BEST = (np.float32(x) for x in (.25, 1e-12, -60., 1e30))     # .5² is IoU^γ1 where every box is a negative
+
+@number_loop()
+def _weigh_columns(s, n, x1, y1, x2, y2, width, beta, mu, mu_below):
+    "Rows of `s`, in: 4 x, 5 y, 6 IoU, 7 1-GIoU, 8 c, 9 o, 10 stride; out: 8 score, 9 strength. The sum below the strengths."
+    total = _ZERO
+    for i in range(n):
+        score = sigmoids(s[8,i])[0]*sigmoids(s[9,i])[0]
+        by_stride, x, y = _HALF/s[10,i], s[4,i], s[5,i]
+        zx, zy = ((x-x1)-(x2-x))*by_stride, ((y-y1)-(y2-y))*by_stride
+        t = exp_of(-beta*s[7,i])*score
+        prior = t*exp_of(larger((zx*zx + zy*zy)*width, _FAR))
+        total += exp_of(mu_below*t)*prior
+        s[8,i] = score; s[9,i] = exp_of(mu*t)*prior
+    return total
+
+@number_loop()
+def _bag_columns(s, n, by_total, best, by_width, eps, pos, neg, p_neg):
+    "Weights from the rows above; w_pos into row 6. Σ w_pos·(1-GIoU)."
+    total = _ZERO
+    for i in range(n):
+        iou, loss, score, w = s[6,i], s[7,i], s[8,i], s[9,i]*by_total
+        p = _ONE if iou < _HALF else (best - iou*iou + eps)*by_width
+        total += w*loss
+        pos[i] = w; p_neg[i] = p; neg[i] = p*(score*score); s[6,i] = w
+    return total
+
+@number_loop(f'f8({LISTS},f4[::1],f4[::1],f4[:,::1],f4,f4,f4,f4,b1,f4[::1],f4[::1],f4[::1],f4[::1],f4[:,:,::1])')
+def _weigh_loop(planes, points, loc, lengths, boxes, image, a, first, last, strides, cls, obj, width, beta, mu, mu_below, grad, iou, pos, neg, p_neg, slopes):
+    "Weights of all pairs, Σ w_pos·(1-GIoU) and its slopes; width is -1/2σ²."
+    s, loss, eps = np.empty((11, lengths[first:last].max()), np.float32), 0., _EPS*(_ONE-_GOOD)
+    for n in range(first, last):
+        m = lengths[n]; at, im = loc[a:a+m], image[n]; here = slice(a, a+m); a += m
+        x1, y1, x2, y2 = boxes[n,0], boxes[n,1], boxes[n,2], boxes[n,3]
+        pick_sides(planes, points, at, im, s); pick(obj[im], at, s[9]); pick(strides, at, s[10]); s[8,:m] = cls[here]
+        overlap_columns(s, m, x1, y1, x2, y2)
+        iou[here] = s[6,:m]
+        least, best = _BEST, -_BEST
+        for i in range(m): power = s[6,i]*s[6,i]; least, best = smaller(power, least), larger(power, best)
+        total = _weigh_columns(s, m, x1, y1, x2, y2, width, beta, mu, mu_below)
+        loss += _bag_columns(s, m, _ONE/larger(total, _EPS), best, _ONE/_width(best, larger(least, _GOOD), eps), eps, pos[here], neg[here], p_neg[here])
+        if grad:
+            slope_columns(s, m, x1, y1, x2, y2)
+            for j in range(4): put(s[j], at, slopes[im,j])
+    return loss
+
+# %% ../nbs/09_dw.ipynb #c044
 class _WeighBags(torch.autograd.Function):
     "Σ w_reg·(1 - GIoU), and the weights of every pair, without gradient: IoU, w_pos, w_neg, w_reg, P_neg (None if coupled)."
     @staticmethod
@@ -209,7 +288,12 @@ class _WeighBags(torch.autograd.Function):
         extra = torch.empty_like(pos)
         box_weight, p_neg = (extra, None) if rule.coupled else (pos, extra)
         total, slopes = cls.new_zeros(()), torch.zeros_like(planes) if ctx.needs_input_grad[0] else None
-        for _, at, sub in pairs.chunks(rule.chunk, 1<<18):
+        looped = rule.looped and loops_on(planes, cls, obj, preds.points)
+        if looped:
+            f, p = np.float32, preds.n_locations
+            total = total + sum(run_jobs(image_jobs(_weigh_loop, pairs, planes, preds.strides, cls.contiguous(), preds.obj_logits.detach().contiguous(), f(-.5/rule.sigma**2), f(rule.beta), f(rule.mu), f(rule.mu_below),
+                slopes is not None, iou, pos, neg, extra, planes.new_empty(1,1,1) if slopes is None else slopes)))
+        for _, at, sub in () if looped else pairs.chunks(rule.chunk, 1<<18):
             iou[at], loss = sub.overlaps(planes)
             prior = center_prior(sub, *rule.bag, rule.sigma)
             pos[at], neg[at], w, p = rule.weigh(joint_score(cls[at], obj[at]), iou[at], loss, prior, sub)
@@ -223,7 +307,7 @@ class _WeighBags(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, *_): return ctx.slopes*g, None, None, None, None, None
 
-# %% ../nbs/09_dw.ipynb #c045
+# %% ../nbs/09_dw.ipynb #c046
 NEGATIVES = 'both', 'probability', 'importance', 'complement', 'none'      # Table 5
 WEIGHTINGS = 'dw', 'gfl', 'vfl', 'tood', 'musu', 'autoassign'              # Tables 1 and 6
 
@@ -255,10 +339,11 @@ class DW(Method):
         self.gamma1, self.gamma2 = in_range('gamma1', gamma1, 1e-3, 80), in_range('gamma2', gamma2, 0, 80)
         self.coupled = weighting in ('gfl','vfl','tood','musu')
         self.chunk = chunk_size(chunk)
+        self.looped = weighting=='dw' and negative=='both' and not self.paper and self.bag[0]=='soft' and self.gamma1==self.gamma2==2 and self.mu_below is not None # what `_weigh_loop` has written out
 
 
 
-# %% ../nbs/09_dw.ipynb #c047
+# %% ../nbs/09_dw.ipynb #c048
 @patch
 def dual(self:DW, score, iou, giou_loss, prior, pairs):
     "w_pos and P_neg, each (E,)."
@@ -279,7 +364,7 @@ def weigh(self:DW, score, iou, giou_loss, prior, pairs):
     trust = 1. if prior is None else prior
     return pos*trust, neg, (pos if self.paper else t)*trust, None
 
-# %% ../nbs/09_dw.ipynb #c049
+# %% ../nbs/09_dw.ipynb #c050
 @patch
 def divisors(self:DW, preds, objects, kept, box_weight, p_neg):
     "As released: of the positive and the negative terms."
