@@ -115,7 +115,8 @@ def draw_batch(
     grid = Predictions.from_maps([torch.empty(1,1,*s) for s in sizes], [torch.empty(1,4,*s) for s in sizes], strides=strides)
     pairs = inside_pairs(grid, Objects.from_targets(targets))
     at, loc = pairs.image*P, pairs.loc
-    for k,side in enumerate(pairs.targets.unbind(1)): dist.view(-1)[(pairs.image*4+k)*P + loc] = side*randn(len(pairs)).mul_(.25).exp_()
+    flat = dist.view(-1).numpy()                                       # in order: where boxes overlap the last object stays, with any number of threads
+    for k,side in enumerate(pairs.targets.unbind(1)): flat[((pairs.image*4+k)*P + loc).numpy()] = (side*randn(len(pairs)).mul_(.25).exp_()).numpy()
     cell = (pairs.image*classes + pairs.labels)*P + loc
     cls.view(-1)[cell] = cls.view(-1)[cell] + sure
     third.view(-1)[at+loc] = third.view(-1)[at+loc] + (sure-2.5)
@@ -807,7 +808,7 @@ def machine(device='cpu')->str:
 def versions()->str:
     "Of Python and of what is measured."
     out = [f'python {platform.python_version()}', f'torch {torch.__version__}']
-    for name in ('torchvision','ala_nb','mmdet'):
+    for name in ('torchvision','numba','ala_nb','mmdet'):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): out.append(f'{name} {importlib.metadata.version(name)}')
     return ', '.join(out)
 

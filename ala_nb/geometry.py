@@ -129,6 +129,9 @@ except ImportError: numba = None
 
 # numba looks at the file of a function only to see whether what it kept is stale; ours call each other across files.
 _STAMP = zlib.crc32(str(sorted((f.name, f.stat().st_mtime_ns) for f in Path(__file__).parent.glob('*.py'))).encode()) if '__file__' in globals() else 0
+if _STAMP:
+    for f in Path(__file__).parent.glob('__pycache__/*.nb[ic]'):      # what earlier states of the files have left
+        if f'_{_STAMP:08x}' not in f.name: f.unlink(missing_ok=True)
 
 def compiled(
     f,              # function over numbers and numpy arrays
