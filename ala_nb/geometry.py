@@ -8,7 +8,7 @@ __all__ = ['number_function', 'InputError', 'level_sizes', 'grid_points', 'dista
            'compiled', 'number_loop', 'loops_on', 'smaller', 'larger', 'run_jobs']
 
 # %% ../nbs/00_geometry.ipynb #c002
-import functools, math, os, zlib
+import contextlib, functools, math, os, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Sequence
@@ -131,7 +131,8 @@ except ImportError: numba = None
 _STAMP = zlib.crc32(str(sorted((f.name, f.stat().st_mtime_ns) for f in Path(__file__).parent.glob('*.py'))).encode()) if '__file__' in globals() else 0
 if _STAMP:
     for f in Path(__file__).parent.glob('__pycache__/*.nb[ic]'):      # what earlier states of the files have left
-        if f'_{_STAMP:08x}' not in f.name: f.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                               # the folder may be somebody else's
+            if f'_{_STAMP:08x}' not in f.name: f.unlink()
 
 def compiled(
     f,              # function over numbers and numpy arrays
