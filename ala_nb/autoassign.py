@@ -388,7 +388,7 @@ class AutoAssign(Method):
         neg_weight:float=.75,       # factor of the negative loss, focal loss's 1 - α
         centre_weight:float=.75,    # factor of the centre loss
         detach:bool=False,          # w⁺ without gradient (DW, Table 6)
-        chunk:int=None,             # pairs at a time: bounds the memory of a crowd, changes no result; None: see `pairs.chunks`
+        chunk:int=None,             # pairs at a time in the tensor form: bounds the memory of a crowd, changes no result; None: see `pairs.chunks`. A loop needs no more than a bag
     ):
         choice('variant', variant, ('released','paper')); choice('centre', centre, ('category','shared','fixed','none'))
         choice('confidence', confidence, ('joint','cls','loc','none')); choice('objectness', objectness, ('implicit','explicit','none'))

@@ -13,8 +13,8 @@ __all__ = ['SIDE_SIGMA', 'SIDE_MEDIAN', 'STRIDES', 'XVIEW', 'DENSE', 'PEERS', 'L
            'peak_growth', 'free_memory', 'expected_bytes', 'check_memory', 'Case', 'time_losses', 'own_pairs',
            'peak_memory', 'dense_detections', 'make_detector', 'time_step', 'time_inference', 'work', 'isolated',
            'worker', 'machine', 'versions', 'as_text', 'as_value', 'key', 'read_rows', 'append_rows', 'Bench', 'number',
-           'line_of', 'table', 'plot_costs', 'matrix', 'make_parser', 'pick_methods', 'cases_of', 'run_bench', 'main',
-           'silent', 'profile_loss']
+           'line_of', 'table', 'costs_table', 'plot_costs', 'matrix', 'make_parser', 'pick_methods', 'cases_of',
+           'run_bench', 'main', 'silent', 'profile_loss']
 
 # %% ../nbs/19_bench.ipynb #c002
 import argparse, contextlib, csv, ctypes, dataclasses, functools, gc, importlib, importlib.metadata, importlib.util, json, math, os, platform
@@ -994,7 +994,20 @@ def table(rows:list)->str:
         out += [f'\n{head}'] + [f'  {l}' for l in lines]
     return '\n'.join(out)
 
-# %% ../nbs/19_bench.ipynb #c067
+# %% ../nbs/19_bench.ipynb #c066
+def costs_table(
+    rows:list,
+    loss:str, peer:str, # whose rows
+)->str: # Markdown
+    "A loss beside one reference: one CPU thread, the allocator's own thresholds, the first draw of each size."
+    mine = [r for r in rows if r['what'] in ('losses','objects') and r['loss']==loss and r['peer']==peer and r['ratio'] is not None and r['device']=='cpu' and r['threads']==1 and r['allocator']=='default' and r['settled'] and not r['seed']]
+    out = [f'| images × objects | pairs | `{loss}`, ms | {peer}, ms | times faster (lowest – highest) | MB | {peer}, MB |', '|---|---|---|---|---|---|---|']
+    for r in sorted(mine, key=lambda r: (r['objects']!='coco', r['pairs'])):
+        low, high = number(r['ratio_low']), number(r['ratio_high'])
+        out.append(f"| {r['batch']} × {'COCO-like' if r['objects']=='coco' else r['objects']} | {r['pairs']:,} | {number(r['ms'])} | {number(r['peer_ms'])} | {number(r['ratio'])} ({low} – {high}) | {number(r['mb'])} | {number(r['peer_mb'])} |")
+    return '\n'.join(out)
+
+# %% ../nbs/19_bench.ipynb #c069
 def plot_costs(
     rows:list, # of `read_rows`
     methods=None, # losses to draw; None: all
@@ -1022,7 +1035,7 @@ def plot_costs(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/19_bench.ipynb #c070
+# %% ../nbs/19_bench.ipynb #c072
 def matrix(
     rows:list,
     value:str='ratio', # a column: 'ratio', 'ms', 'mb', 'ns_per_pair', or 'mb_ratio' (the peer's peak over the loss's)
@@ -1040,7 +1053,7 @@ def matrix(
     width = max([len(n) for n in cells], default=0)
     return '\n'.join([' '*width + ''.join(f'{c:>9}' for c in columns)] + [f'{n:{width}}' + ''.join(f"{v.get(c,'–'):>9}" for c in columns) for n,v in cells.items()])
 
-# %% ../nbs/19_bench.ipynb #c073
+# %% ../nbs/19_bench.ipynb #c075
 WHATS = ('losses','objects','batch','xview','step','inference')
 SWEEP = [1,10,50,100,300,1000,5000]
 
@@ -1085,7 +1098,7 @@ def make_parser():
     d.add_argument('--out', default='out/bench', metavar='DIR', help='folder of bench_*.csv and bench.png [out/bench]')
     return p
 
-# %% ../nbs/19_bench.ipynb #c074
+# %% ../nbs/19_bench.ipynb #c076
 def pick_methods(
     names=None, # None: all, and ATSS's assignment
     whole:bool=True, # 'atss assign' is none of them
@@ -1156,10 +1169,10 @@ def main(
         for f in failed: print(f'failed: {f}', file=sys.stderr)
     return exit_code(work_) or int(bool(failed))
 
-# %% ../nbs/19_bench.ipynb #c075
+# %% ../nbs/19_bench.ipynb #c077
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(worker() if sys.argv[1:] == ['--worker'] else main())   # not in the notebook, whose name is __main__ too
 
-# %% ../nbs/19_bench.ipynb #c087
+# %% ../nbs/19_bench.ipynb #c089
 @contextlib.contextmanager
 def silent():
     "Nothing on stderr, not even from C++ (the profiler talks)."

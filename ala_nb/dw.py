@@ -167,7 +167,7 @@ _ZERO, _HALF, _ONE, _TWO = (np.float32(x) for x in (0, .5, 1, 2))
 @number_function
 def _times(a, b): return a*b                                              # a function of its own: a loop may multiply and add up in any order
 @number_function
-def _width(best, low, eps): return (best-low) + eps
+def _width(best, low, eps): return (best-low) + eps                       # ... so that an eps would be lost in best
 
 @number_loop('UniTuple(f8,3)(f4[::1],f4[::1],f4[::1],f4[::1],f4[::1],f4,f4,f4,f4[::1],f4[::1])')
 def _class_terms_loop(cls, obj, yes, no, focal, g_yes, g_no, g_focal, by_cls, by_obj):
@@ -251,11 +251,11 @@ def _weigh_columns(s, n, x1, y1, x2, y2, width, beta, mu, mu_below):
 
 @number_loop()
 def _bag_columns(s, n, by_total, best, by_width, eps, pos, neg, p_neg):
-    "Weights from the rows above; w_pos into row 6. Σ w_pos·(1-GIoU)."
+    "Weights from the rows above and IoU² in row 10; w_pos into row 6. Σ w_pos·(1-GIoU)."
     total = _ZERO
     for i in range(n):
         iou, loss, score, w = s[6,i], s[7,i], s[8,i], s[9,i]*by_total
-        p = _ONE if iou < _HALF else (best - iou*iou + eps)*by_width
+        p = _ONE if iou < _HALF else _width(best, s[10,i], eps)*by_width
         total += w*loss
         pos[i] = w; p_neg[i] = p; neg[i] = p*(score*score); s[6,i] = w
     return total
@@ -270,9 +270,9 @@ def _weigh_loop(planes, points, loc, lengths, boxes, image, a, first, last, stri
         pick_sides(planes, points, at, im, s); pick(obj[im], at, s[9]); pick(strides, at, s[10]); s[8,:m] = cls[here]
         overlap_columns(s, m, x1, y1, x2, y2)
         iou[here] = s[6,:m]
-        least, best = _BEST, -_BEST
-        for i in range(m): power = s[6,i]*s[6,i]; least, best = smaller(power, least), larger(power, best)
         total = _weigh_columns(s, m, x1, y1, x2, y2, width, beta, mu, mu_below)
+        least, best = _BEST, -_BEST
+        for i in range(m): s[10,i] = s[6,i]*s[6,i]; least, best = smaller(s[10,i], least), larger(s[10,i], best)   # stored, so rounded: the best one's distance to the best is 0
         loss += _bag_columns(s, m, _ONE/larger(total, _EPS), best, _ONE/_width(best, larger(least, _GOOD), eps), eps, pos[here], neg[here], p_neg[here])
         if grad:
             slope_columns(s, m, x1, y1, x2, y2)
@@ -325,7 +325,7 @@ class DW(Method):
         negative:str='both',     # Table 5: 'both', 'probability', 'importance', 'complement', 'none'
         weighting:str='dw',      # Tables 1 and 6: 'dw', 'gfl', 'vfl', 'tood', 'musu', 'autoassign'
         refine:str=None,         # box refinement in the head: 'deform', 'bilinear' or None
-        chunk:int=None,          # pairs at a time: bounds the memory of a crowd, changes no result; None: see `pairs.chunks`
+        chunk:int=None,          # pairs at a time in the tensor form: bounds the memory of a crowd, changes no result; None: see `pairs.chunks`. The loop needs no more than a bag
     ):
         choice('variant', variant, ('released','paper'))
         choice('negative', negative, NEGATIVES); choice('weighting', weighting, WEIGHTINGS)

@@ -316,6 +316,16 @@ def dense_negative(
     return total.to(first.dtype), *((grads, go) if need_grad else (None, None))
 
 # %% ../nbs/02_losses.ipynb #c038
+@number_loop('void(i8[::1],i8[:,::1],i8[:,::1],i8[::1],i8[::1],i8[::1],i8[::1])')
+def _fill_indices(loc, counts, start, step, cursor, position, at):
+    "Level by level (from `cursor`), each pair's position in the list and its logit's place in the level's block."
+    e = 0
+    for n in range(len(counts)):
+        for l in range(len(step)):
+            c = cursor[l]; cursor[l] = c + counts[n,l]
+            for j in range(counts[n,l]): position[c+j] = e+j; at[c+j] = start[n,l] + loc[e+j]*step[l]
+            e += counts[n,l]
+
 class _Reader:
     "Where each pair's logit stands in the class blocks, and the dense gradient while it waits for the backward pass."
     # Apart from ClassTable, so that autograd's graph never points back at its own outputs: such a cycle keeps every gradient alive until a garbage collection.
@@ -327,6 +337,12 @@ class _Reader:
         k = p.n_classes
         if len(p.cls_blocks) == 1 and not p.class_first[0]: return [(None, q.cell*k + q.labels)]
         out, (image, label) = [], (q.objects.image, q.objects.labels)
+        if p.device.type=='cpu' and loops_on() and q._level_counts is not None:
+            first, a, hw, n = torch.tensor(p.class_first), torch.tensor(p.level_starts[:-1]), torch.tensor([h*w for h,w in p.level_sizes]), q._per_level
+            start = torch.where(first, (image*k + label)[:,None]*hw - a, (image[:,None]*hw - a)*k + label[:,None])
+            position, at = torch.empty(2, len(q), dtype=torch.long); cursor = torch.tensor(np.cumsum([0, *n[:-1]]))
+            _fill_indices(*(x.contiguous().numpy() for x in (q.loc, q._level_counts, start, torch.where(first, 1, k), cursor, position, at)))
+            return [*zip(position.split(n), at.split(n))]
         for l,(pos,a,(h,w),class_first) in enumerate(zip(q.by_level, p.level_starts, p.level_sizes, p.class_first)):
             loc = q.loc.index_select(0, pos)
             start = (image*k + label)*(h*w) - a if class_first else (image*(h*w) - a)*k + label    # (N,) where an object's rows of the block begin

@@ -317,6 +317,17 @@ def columns_between(
     return first.long(), (last-first+1).clamp(min=0).long()
 
 # %% ../nbs/01_pairs.ipynb #c027
+@number_loop('void(i8[:,::1],i8[:,::1],i8[:,::1],i8[::1],i8[::1],i8[::1])')
+def _fill_rectangles(first, rows, columns, width, loc, obj):
+    "The lists of all pairs, of each rectangle's first location, rows and columns (N, L), and the levels' widths (L,)."
+    e = 0
+    for n in range(len(first)):
+        for l in range(first.shape[1]):
+            for r in range(rows[n,l]):
+                a = first[n,l] + r*width[l]
+                for c in range(columns[n,l]): loc[e] = a+c; obj[e] = n; e += 1
+
+# %% ../nbs/01_pairs.ipynb #c028
 def rectangle_pairs(
     preds:Predictions, # whose grid
     objects:Objects,
@@ -331,9 +342,13 @@ def rectangle_pairs(
     counts = nrow*ncol                                                   # (N, L)
     *per_level, n_rows = torch.cat([counts.sum(0), nrow.sum()[None]]).tolist()   # the one synchronisation
     n_pairs = sum(per_level)
+    start, lengths = torch.tensor(preds.level_starts[:-1], device=dev), counts.sum(1)
+    if dev.type=='cpu' and loops_on():
+        loc, obj = (torch.empty(n_pairs, dtype=torch.long) for _ in range(2))
+        _fill_rectangles(*(x.contiguous().numpy() for x in (start + row*sizes[:,1] + col, nrow, ncol, sizes[:,1], loc, obj)))
+        return Pairs(loc, obj, lengths, preds, objects, counts, per_level)
     spread = lambda x, n, total: torch.repeat_interleave(x, n, output_size=total)
     # (object, level) -> its rows: the location before the first pair of each row
-    start = torch.tensor(preds.level_starts[:-1], device=dev)
     nr, width = nrow.flatten(), sizes[:,1].expand_as(counts).flatten()
     block = spread(torch.arange(len(nr), device=dev), nr, n_rows)
     in_block = torch.arange(n_rows, device=dev) - (nr.cumsum(0)-nr)[block]
@@ -341,11 +356,10 @@ def rectangle_pairs(
     # rows -> pairs
     per_row = ncol.flatten()[block]
     loc = spread(head - (per_row.cumsum(0)-per_row), per_row, n_pairs).add_(torch.arange(n_pairs, device=dev))
-    lengths = counts.sum(1)
     obj = spread(torch.arange(len(objects), device=dev), lengths, n_pairs)
     return Pairs(loc, obj, lengths, preds, objects, counts, per_level)
 
-# %% ../nbs/01_pairs.ipynb #c028
+# %% ../nbs/01_pairs.ipynb #c029
 def inside_pairs(
     preds:Predictions, objects:Objects,
 )->Pairs:
@@ -354,7 +368,7 @@ def inside_pairs(
     b = objects.boxes[:,None].expand(-1, len(preds.level_sizes), -1)
     return rectangle_pairs(preds, objects, b[...,:2], b[...,2:])
 
-# %% ../nbs/01_pairs.ipynb #c032
+# %% ../nbs/01_pairs.ipynb #c033
 def center_pairs(
     preds:Predictions, objects:Objects,
     radius:float=1.5, # half side of the square around the centre, in strides of the level
@@ -369,7 +383,7 @@ def center_pairs(
     if clip: lo, hi = torch.maximum(lo, b[...,:2]), torch.minimum(hi, b[...,2:])
     return rectangle_pairs(preds, objects, lo, hi)
 
-# %% ../nbs/01_pairs.ipynb #c035
+# %% ../nbs/01_pairs.ipynb #c036
 def nearest_on_axis(
     centre:Tensor, # (..., N) px
     stride:Tensor, # (L,) px
@@ -404,7 +418,7 @@ def nearest_cells(
     d2 = (dx[...,a].square() + dy[...,b].square()).gather(-1, by_cell)
     return cell.gather(-1, d2.sort(dim=-1, stable=True)[1][...,:k])
 
-# %% ../nbs/01_pairs.ipynb #c037
+# %% ../nbs/01_pairs.ipynb #c038
 def nearest_pairs(
     preds:Predictions, objects:Objects,
     k:int=9, # locations a level
@@ -419,7 +433,7 @@ def nearest_pairs(
     counts = torch.tensor([per_level], device=dev).expand(n,-1)
     return Pairs(loc.reshape(-1), obj, counts.sum(1), preds, objects, counts, [n*m for m in per_level])
 
-# %% ../nbs/01_pairs.ipynb #c040
+# %% ../nbs/01_pairs.ipynb #c041
 @patch
 def spread(self:Pairs,
     per_object:Tensor, # (N, ...)
@@ -464,7 +478,7 @@ def min(self:Pairs, x:Tensor, empty:float=0.)->Tensor:
     "Smallest value (N,) of `x` (E,) in each object's bag; `empty` for an empty bag."
     return self._extreme(x, 'min', empty)
 
-# %% ../nbs/01_pairs.ipynb #c042
+# %% ../nbs/01_pairs.ipynb #c043
 @patch
 def mean(self:Pairs, x:Tensor)->Tensor:
     "Mean (N,) of `x` (E,) over each object's bag; 0 for an empty bag."
@@ -489,7 +503,7 @@ def softmax(self:Pairs, x:Tensor)->Tensor:
     e = (x - self.spread(self.max(x).detach())).exp()
     return e/self.spread(self.sum(e).clamp(min=torch.finfo(e.dtype).tiny))
 
-# %% ../nbs/01_pairs.ipynb #c044
+# %% ../nbs/01_pairs.ipynb #c045
 @patch
 def rank(self:Pairs, x:Tensor)->Tensor:
     "Rank (E,) int64 of each pair within its object's bag by `x` (E,), 0 the largest; ties to the pair that comes first."
@@ -505,7 +519,7 @@ def topk(self:Pairs, x:Tensor, k:int)->Tensor:
     "Mask (E,) of each object's `k` largest `x` (E,); all of a shorter bag."
     return self.rank(x) < k
 
-# %% ../nbs/01_pairs.ipynb #c049
+# %% ../nbs/01_pairs.ipynb #c050
 @patch
 def winners(self:Pairs,
     priority:Tensor, # (E,) the higher the better; -inf: not a contender
@@ -519,7 +533,7 @@ def winners(self:Pairs,
     first = self.obj.new_full((n,), none).scatter_reduce_(0, self.cell, torch.where(wins, self.obj, none), 'amin')
     return wins & (first.index_select(0, self.cell) == self.obj)
 
-# %% ../nbs/01_pairs.ipynb #c052
+# %% ../nbs/01_pairs.ipynb #c053
 @patch
 def _class_slots(self:Pairs):
     "Numbers for (image, class, location): (N,) the first of each object's group, how many there are, and (N,) which objects have no companion."
@@ -533,11 +547,31 @@ def _class_slots(self:Pairs):
     number = torch.where(shared, shared.cumsum(0)-1, n)                  # groups of two and more from 0; all others write to a row of no use
     return number.index_select(0, group)*p, (n+1)*p, ~shared.index_select(0, group)
 
+@number_loop('void(i8[::1],i8[::1],i8[::1],i8[::1],i4[::1],b1[::1])')
+def _keep_last(loc, first, key, order, last, keep):
+    "One group of objects after another, on one map `last` (P,) of who wrote there last; first (N+1,) where an object's pairs begin."
+    i = 0
+    while i < len(order):
+        j = i
+        while j < len(order) and key[order[j]] == key[order[i]]:
+            n = order[j]; j += 1
+            for e in range(first[n], first[n+1]): last[loc[e]] = n
+        for m in range(i, j):
+            n = order[m]
+            for e in range(first[n], first[n+1]): keep[e] = last[loc[e]] == n
+        i = j
+
 @patch
 def last_of_class(self:Pairs,
     size:int=1<<16, # pairs at a time
 )->Tensor: # (E,) bool
     "False where a later object of the same image and class also covers the location (it overwrites, as in released code)."
+    if self.loc.device.type=='cpu' and loops_on():
+        o, keep, first = self.objects, torch.empty(len(self), dtype=torch.bool), torch.zeros(len(self.objects)+1, dtype=torch.long)
+        key = o.image*(o.labels.max()+1) + o.labels if len(o) else o.labels
+        torch.cumsum(self.lengths, 0, out=first[1:])
+        _keep_last(*(x.contiguous().numpy() for x in (self.loc, first, key, key.sort(stable=True)[1], torch.empty(self.n_locations, dtype=torch.int32), keep)))
+        return keep
     if (slots := self._class_slots()) is None: return torch.ones(len(self), dtype=torch.bool, device=self.loc.device)
     start, n, alone = slots
     small = torch.int16 if len(self.objects) < 1<<15 else torch.int32
@@ -559,7 +593,7 @@ def best_of_class(self:Pairs,
     first = self.obj.new_full((n,), none).scatter_reduce_(0, slot, torch.where(value==best.index_select(0, slot), self.obj, none), 'amin')
     return (first.index_select(0, slot) == self.obj) | self.spread(alone)
 
-# %% ../nbs/01_pairs.ipynb #c055
+# %% ../nbs/01_pairs.ipynb #c056
 class _GatherPlanes(torch.autograd.Function):
     "(B, C, P) -> (C, E): row c holds plane c at every pair's cell."
     @staticmethod
@@ -591,7 +625,7 @@ def third(self:Pairs,
     "Third-branch logits (objectness, centre-ness or IoU) at every pair, with gradient."
     return _GatherPlanes.apply(preds.obj_logits[:,None], self.image, self.loc)[0]
 
-# %% ../nbs/01_pairs.ipynb #c058
+# %% ../nbs/01_pairs.ipynb #c059
 def pieces(x:Tensor)->list:
     "Slices of `x` (E, ...) that fit the cache of a CPU; long ones on a GPU."
     size = 1 << (15 if x.device.type=='cpu' else 20)
@@ -637,7 +671,7 @@ def giou_slopes(
             torch.addcmul(if_far, (q-p).sign_().add_(1).mul_(.5), if_near, out=row) # half of it where they coincide
     return out
 
-# %% ../nbs/01_pairs.ipynb #c061
+# %% ../nbs/01_pairs.ipynb #c062
 _ZERO, _HALF, _ONE, _TWO, _EPS = (np.float32(x) for x in (0,.5,1,2,1e-7))
 _AT_ONCE = 1024
 
@@ -721,7 +755,7 @@ def _slope_loop(planes, points, loc, lengths, boxes, image, a, first, last, weig
             for k in range(4): put(s[k], loc[a:b], out[image[n],k])
             a = b
 
-# %% ../nbs/01_pairs.ipynb #c063
+# %% ../nbs/01_pairs.ipynb #c064
 def image_jobs(
     f,            # loop: (planes, points, loc, lengths, boxes, image, a, first, last, *more), of objects first ... last-1, whose pairs begin at a
     pairs:Pairs, planes:Tensor, # (B, 4, P) px, predicted distances

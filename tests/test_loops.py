@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from ala_nb import geometry
-from ala_nb.losses import dense_negative
+from ala_nb.losses import ClassTable, dense_negative
 from ala_nb.methods import METHODS, available, build
-from ala_nb.pairs import Objects, Predictions, inside_pairs, nearest_pairs
+from ala_nb.pairs import Objects, Predictions, center_pairs, inside_pairs, nearest_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(geometry.numba is None, reason='numba is not installed')
@@ -45,7 +45,7 @@ def agree(a, b, rtol=3e-5, atol=2e-6):
     for k in y.weights: torch.testing.assert_close(x.weights[k].double(), y.weights[k].double(), rtol=1e-3, atol=1e-4)
 
 @pytest.mark.parametrize('name,options', LOOPED, ids=str)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 1<<30), st.lists(st.integers(0, 9), min_size=1, max_size=3), st.sampled_from((1., 4.)), st.booleans())
 def test_loops_equal_tensors(name, options, seed, counts, spread, last):
     data = batch(seed, counts, spread, last)
@@ -112,6 +112,20 @@ def test_bags_outside_their_boxes():
         want, out64 = pairs.overlaps(d.double()), torch.zeros_like(d).double(); pairs.add_giou_slopes(d.double(), w.double(), out64)
         for x, y in zip(found, want): torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=2e-6)
         torch.testing.assert_close(out.double(), out64, rtol=1e-4, atol=2e-6)
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1<<30), st.lists(st.integers(0, 9), min_size=1, max_size=3), st.sampled_from((0., .5)), st.booleans())
+def test_the_same_lists(seed, counts, offset, last):
+    maps, targets = batch(seed, counts, last=last); objects = Objects.from_targets(targets)
+    for make in (inside_pairs, lambda p, o: center_pairs(p, o, 1.5, clip=False)):
+        preds = Predictions.from_maps(*maps, STRIDES, offset); a = make(preds, objects)
+        with pytest.MonkeyPatch.context() as m: m.setattr(geometry, 'numba', None); b = make(preds, objects)
+        keep, at = a.last_of_class(), ClassTable(preds, a)._reader.at
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(geometry, 'numba', None)
+            assert torch.equal(b.last_of_class(), keep)
+            for x, y in zip(at, ClassTable(preds, b)._reader.at): assert all(torch.equal(u, v) for u, v in zip(x, y))
+        assert torch.equal(a.loc, b.loc) and torch.equal(a.obj, b.obj) and torch.equal(a.lengths, b.lengths) and a._per_level == b._per_level
 
 def test_without_numba_or_with_its_compiler_off():
     code = """import sys
