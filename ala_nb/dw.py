@@ -184,18 +184,20 @@ def _class_terms_loop(cls, obj, yes, no, focal, g_yes, g_no, g_focal, by_cls, by
         by_cls[i] = by_log*far_c + by_odds*_times(odds, far_c); by_obj[i] = by_log*far_o + by_odds*_times(odds, far_o)   # σ(-c) ≤ 1-s: their ratio cannot overflow
     return a, b, c
 
-def _looped_terms(cls, obj, weights, factors):
-    "Calls of the loop on pieces of the lists: the sums, and the slopes (2, E)."
-    out = cls.new_empty(2, len(cls)); nothing = None if all(w is not None for w in weights) else torch.zeros_like(cls)
-    lists = [x.detach().contiguous().numpy() for x in (cls, obj, *(nothing if w is None else w for w in weights))]
-    sums = run_jobs((_class_terms_loop, *(x[at] for x in lists), *map(np.float32, factors), *(x[at].numpy() for x in out)) for at in pieces(cls))
+def _looped_terms(cls, obj, weights, factors=None):
+    "Calls of the loop on pieces of the lists: the sums, and with factors the slopes (2, E)."
+    some = next(w for w in weights if w is not None)                      # stands in for a weight that is not there, and counts nothing
+    g = [0. if w is None or factors is None else f for w,f in zip(weights, factors or weights)]
+    at = pieces(cls); out = cls.new_empty(2, len(cls) if factors else max((p.stop-p.start for p in at), default=0))
+    lists = [x.detach().contiguous().numpy() for x in (cls, obj, *(some if w is None else w for w in weights))]
+    sums = run_jobs((_class_terms_loop, *(x[p] for x in lists), *map(np.float32, g), *(x[p if factors else slice(p.stop-p.start)].numpy() for x in out)) for p in at)
     return np.array(sums).reshape(-1,3).sum(0).tolist(), out
 
 class _ClassTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cls, obj, yes, no, focal, gamma):
         ctx.save_for_backward(cls, obj, yes, no, focal); ctx.gamma = gamma
-        if gamma == 2 and loops_on(cls, obj): return cls.new_tensor(_looped_terms(cls, obj, (yes,no,focal), (0,0,0))[0]).unbind()
+        if gamma == 2 and loops_on(cls, obj): return cls.new_tensor(_looped_terms(cls, obj, (yes,no,focal))[0]).unbind()
         sums = cls.new_zeros(3)
         for at in pieces(cls):
             if yes is not None: sums[0] -= (F.logsigmoid(cls[at]).add_(F.logsigmoid(obj[at]))*yes[at]).sum()
@@ -369,16 +371,16 @@ def weigh(self:DW, score, iou, giou_loss, prior, pairs):
 def divisors(self:DW, preds, objects, kept, box_weight, p_neg):
     "As released: of the positive and the negative terms."
     if self.coupled: return (normalizer(box_weight.sum()),)*2
-    return normalizer(preds.points.new_full((), float(len(objects)))), normalizer(((1-p_neg)*kept).sum())
+    return normalizer(preds.points.new_full((), float(len(objects)))), normalizer((1-p_neg).mul_(kept).sum())
 
 @patch
 def released_terms(self:DW, cls, obj, pos, neg, p_neg, kept):
     "Σ w_pos·-ln s, and what the bags change of the dense Σ s²·-ln(1-s)."
     carries = not self.coupled and self.negative in ('both','importance')       # s^γ2 carries gradient
-    share = kept if self.negative=='importance' else None if self.coupled else p_neg*kept
     if carries and self.gamma2==2:
-        yes, _, change = class_terms(cls, obj, pos, focal=share-kept)
+        yes, _, change = class_terms(cls, obj, pos, focal=torch.zeros_like(p_neg) if self.negative=='importance' else (p_neg-1).mul_(kept))
         return yes, change
+    share = kept if self.negative=='importance' else None if self.coupled else p_neg*kept
     yes, no, without = class_terms(cls, obj, pos, None if carries else neg*kept, -kept)
     if carries: no = class_terms(cls, obj, focal=share, gamma=self.gamma2)[2]
     return yes, no + without

@@ -128,7 +128,7 @@ try:
 except ImportError: numba = None
 
 # numba looks at the file of a function only to see whether what it kept is stale; ours call each other across files.
-_STAMP = zlib.crc32(str(sorted((f.name, f.stat().st_mtime_ns) for f in Path(__file__).parent.glob('*.py'))).encode()) if '__file__' in globals() else 0
+_STAMP = zlib.crc32(str(sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(__file__).parent.glob('*.py'))).encode()) if '__file__' in globals() else 0
 if _STAMP:
     for f in Path(__file__).parent.glob('__pycache__/*.nb[ic]'):      # what earlier states of the files have left
         with contextlib.suppress(OSError):                               # the folder may be somebody else's
@@ -148,6 +148,7 @@ def compiled(
     except RuntimeError: return make()(f)                        # no folder to keep it in
 
 # Of numba's fast mathematics only what keeps every NaN and infinity: a multiply-add in one rounding, no -0, and (in loops) sums in any order.
+# A difference that must come first, as in (high-low)+eps, therefore stands in a number function, and a number that must be rounded is stored.
 number_function = functools.partial(compiled, fastmath={'contract','nsz'})
 def number_loop(signature=None):
     "Decorator: a loop over numbers, compiled; it lets go of Python's lock while it runs."

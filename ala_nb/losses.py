@@ -107,7 +107,7 @@ def normalizer(
 # %% ../nbs/02_losses.ipynb #c023
 _float, _int = np.float32, np.int32
 _ZERO, _ONE, _TWO, _HALF, _INV_LN2, _LN2 = _float(0), _float(1), _float(2), _float(.5), _float(1/math.log(2)), _float(math.log(2))
-_HIGH = _float(.693359375); _LOW = _float(math.log(2)-.693359375)                # ln 2 in two parts: k·_HIGH has no rounding
+_HIGH = _float(.693359375); _LOW = _float(math.log(2)-.693359375) # ln 2 in two parts: k·_HIGH has no rounding
 _E2,_E3,_E4,_E5,_E6,_E7 = (_float(1/math.factorial(n)) for n in range(2,8))
 _A3,_A5,_A7,_A9 = (_float(2/n) for n in (3,5,7,9))
 _FAR, _ROOT = _float(-87), _float(math.sqrt(2)-1)
@@ -118,7 +118,7 @@ def _exp(x):
     k = np.floor(x*_INV_LN2 + _HALF)
     r = x - k*_HIGH - k*_LOW
     series = ((((((_E7*r + _E6)*r + _E5)*r + _E4)*r + _E3)*r + _E2)*r + _ONE)*r + _ONE
-    return series*_int((_int(k)+_int(127))*_int(1<<23)).view(np.float32)         # 127: float32 stores the exponent so
+    return series*_int((_int(k)+_int(127))*_int(1<<23)).view(np.float32)   # 127: float32 stores the exponent so
 
 @number_function
 def _artanh2(z):
@@ -258,7 +258,7 @@ def _fresh(like:Tensor)->Tensor:
         _SPARE.remove(pages) if enough else _SPARE.clear()                # those too small would never be used again
     if pages is None:
         try: pages = mmap.mmap(-1, n, flags=mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS); pages.madvise(mmap.MADV_HUGEPAGE)
-        except OSError: return torch.empty_like(like, memory_format=torch.contiguous_format)                     # a kernel without huge pages
+        except OSError: return torch.empty_like(like, memory_format=torch.contiguous_format)   # a kernel without huge pages
     memory = np.frombuffer(pages, np.uint8, n)
     weakref.finalize(memory, _SPARE.append, pages)                        # runs when the last tensor on it is gone
     return torch.from_numpy(memory).view(like.dtype).view(like.shape)
@@ -296,7 +296,7 @@ def dense_negative(
     blocks, first = [b.detach() for b in preds.cls_blocks], preds.cls_blocks[0]
     on_cpu = first.device.type == 'cpu' and not torch.compiler.is_compiling()
     if loop is None: loop = loops_on(first)
-    grads = [_fresh(b) for b in blocks] if need_grad or loop else None
+    grads = [_fresh(b) for b in blocks] if need_grad or loop else None       # a loop writes them in any case
     obj = None if obj_logits is None else obj_logits.detach()
     go = None if obj is None or not (need_grad or loop) else torch.zeros_like(obj)
     if loop:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LISTS', 'Objects', 'np_cumsum', 'Predictions', 'Pairs', 'chunk_size', 'columns_between', 'rectangle_pairs',
-           'inside_pairs', 'center_pairs', 'nearest_on_axis', 'nearest_cells', 'nearest_pairs', 'pieces', 'overlaps',
-           'giou_slopes', 'pick', 'put', 'pick_sides', 'overlap_columns', 'slope_columns', 'image_jobs']
+           'inside_pairs', 'center_pairs', 'nearest_on_axis', 'nearest_cells', 'nearest_pairs', 'pick', 'put',
+           'image_jobs', 'pieces', 'overlaps', 'giou_slopes', 'pick_sides', 'overlap_columns', 'slope_columns']
 
 # %% ../nbs/01_pairs.ipynb #c002
 import functools
@@ -594,38 +594,86 @@ def best_of_class(self:Pairs,
     return (first.index_select(0, slot) == self.obj) | self.spread(alone)
 
 # %% ../nbs/01_pairs.ipynb #c056
+@number_loop()
+def pick(x, at, out):
+    for i in range(len(at)): out[i] = x[np.uintp(at[i])]                # unsigned: no test for an index from the end
+
+@number_loop()
+def put(x, at, out):
+    for i in range(len(at)): out[np.uintp(at[i])] += x[i]
+
+LISTS = 'f4[:,:,::1],f4[:,::1],i8[::1],i8[::1],f4[:,::1],i8[::1],i8,i8,i8' # types of the arguments that `image_jobs` gives
+
+def image_jobs(
+    f,            # loop: (planes, points, loc, lengths, boxes, image, a, first, last, *more), of objects first ... last-1, whose pairs begin at a
+    pairs:Pairs, planes:Tensor, # (B, C, P), for most the predicted distances, C = 4
+    *more,        # tensors (shared memory) and numbers
+)->list: # jobs for `run_jobs`
+    "Calls of a loop over pairs, one for each run of objects of one image."
+    o, lengths = pairs.objects, pairs.lengths.numpy()
+    image = o.image.numpy()
+    cuts = [0, *(np.flatnonzero(np.diff(image))+1).tolist(), len(image)]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+    lists = [x.detach().contiguous().numpy() for x in (planes, pairs.points, pairs.loc, pairs.lengths, o.boxes, o.image)]
+    return [(f, *lists, starts[a], a, b, *(x.numpy() if isinstance(x, Tensor) else x for x in more)) for a,b in zip(cuts, cuts[1:]) if b > a]
+
+@number_loop(f'void({LISTS},f4[:,::1])')
+def _gather_loop(planes, points, loc, lengths, boxes, image, a, first, last, out):
+    "Rows c of `out` (C, E) from planes c."
+    for n in range(first, last):
+        b = a + lengths[n]
+        for k in range(planes.shape[1]): pick(planes[image[n],k], loc[a:b], out[k,a:b])
+        a = b
+
+@number_loop(f'void({LISTS},f4[:,::1])')
+def _scatter_loop(planes, points, loc, lengths, boxes, image, a, first, last, rows):
+    "Rows c (C, E) added to planes c."
+    for n in range(first, last):
+        b = a + lengths[n]
+        for k in range(planes.shape[1]): put(rows[k,a:b], loc[a:b], planes[image[n],k])
+        a = b
+
+# %% ../nbs/01_pairs.ipynb #c057
 class _GatherPlanes(torch.autograd.Function):
     "(B, C, P) -> (C, E): row c holds plane c at every pair's cell."
     @staticmethod
-    def forward(ctx, planes, image, loc):
+    def forward(ctx, planes, pairs):
         b,c,p = planes.shape
-        ctx.save_for_backward(image, loc); ctx.shape = planes.shape
+        ctx.pairs, ctx.shape = pairs, planes.shape
+        if loops_on(planes, pairs.points, pairs.objects.boxes):
+            out = planes.new_empty(c, len(pairs)); run_jobs(image_jobs(_gather_loop, pairs, planes, out))
+            return out
+        image, loc = pairs.image, pairs.loc
         at, flat = image*(c*p) + loc, planes.reshape(-1)
         out = planes.new_empty(c, len(loc))
         for k in range(c): torch.index_select(flat[k*p:], 0, at, out=out[k])
         return out
     @staticmethod
     def backward(ctx, g):
-        (image,loc), (b,c,p) = ctx.saved_tensors, ctx.shape
+        pairs, (b,c,p) = ctx.pairs, ctx.shape
+        if loops_on(g, pairs.points, pairs.objects.boxes):
+            out = g.new_zeros(b, c, p); run_jobs(image_jobs(_scatter_loop, pairs, out, g.contiguous()))
+            return out, None
+        image, loc = pairs.image, pairs.loc
         at, out = image*(c*p) + loc, g.new_zeros(b*c*p)
         for k in range(c): out[k*p:].index_add_(0, at, g[k].contiguous())
-        return out.view(b,c,p), None, None
+        return out.view(b,c,p), None
 
 @patch
 def distances(self:Pairs,
     preds:Predictions,
 )->Tensor: # (E, 4) px: the predicted left, top, right, bottom of each pair's location
     "Predicted distances at every pair, with gradient."
-    return _GatherPlanes.apply(preds.distance_planes, self.image, self.loc).t()
+    return _GatherPlanes.apply(preds.distance_planes, self).t()
 
 @patch
 def third(self:Pairs,
     preds:Predictions, # with obj_logits
 )->Tensor: # (E,) third-branch logit of each pair's location
     "Third-branch logits (objectness, centre-ness or IoU) at every pair, with gradient."
-    return _GatherPlanes.apply(preds.obj_logits[:,None], self.image, self.loc)[0]
+    return _GatherPlanes.apply(preds.obj_logits[:,None], self)[0]
 
-# %% ../nbs/01_pairs.ipynb #c059
+# %% ../nbs/01_pairs.ipynb #c060
 def pieces(x:Tensor)->list:
     "Slices of `x` (E, ...) that fit the cache of a CPU; long ones on a GPU."
     size = 1 << (15 if x.device.type=='cpu' else 20)
@@ -671,17 +719,9 @@ def giou_slopes(
             torch.addcmul(if_far, (q-p).sign_().add_(1).mul_(.5), if_near, out=row) # half of it where they coincide
     return out
 
-# %% ../nbs/01_pairs.ipynb #c062
+# %% ../nbs/01_pairs.ipynb #c063
 _ZERO, _HALF, _ONE, _TWO, _EPS = (np.float32(x) for x in (0,.5,1,2,1e-7))
 _AT_ONCE = 1024
-
-@number_loop()
-def pick(x, at, out):
-    for i in range(len(at)): out[i] = x[np.uintp(at[i])]                # unsigned: no test for an index from the end
-
-@number_loop()
-def put(x, at, out):
-    for i in range(len(at)): out[np.uintp(at[i])] += x[i]
 
 @number_loop()
 def pick_sides(planes, points, at, image, s):
@@ -726,8 +766,6 @@ def slope_columns(s, n, x1, y1, x2, y2):
         s[0,i] = _side_slope(l, L, by_x, hh, h, by_inter, by_union, by_hull); s[1,i] = _side_slope(t, T, by_y, hw, w, by_inter, by_union, by_hull)
         s[2,i] = _side_slope(r, R, by_x, hh, h, by_inter, by_union, by_hull); s[3,i] = _side_slope(b, B, by_y, hw, w, by_inter, by_union, by_hull)
 
-LISTS = 'f4[:,:,::1],f4[:,::1],i8[::1],i8[::1],f4[:,::1],i8[::1],i8,i8,i8' # types of the arguments that `image_jobs` gives
-
 @number_loop(f'void({LISTS},f4[::1],f4[::1])')
 def _overlap_loop(planes, points, loc, lengths, boxes, image, a, first, last, iou, loss):
     "IoU and GIoU loss of the pairs of objects first ... last-1, which begin at `a`."
@@ -755,20 +793,7 @@ def _slope_loop(planes, points, loc, lengths, boxes, image, a, first, last, weig
             for k in range(4): put(s[k], loc[a:b], out[image[n],k])
             a = b
 
-# %% ../nbs/01_pairs.ipynb #c064
-def image_jobs(
-    f,            # loop: (planes, points, loc, lengths, boxes, image, a, first, last, *more), of objects first ... last-1, whose pairs begin at a
-    pairs:Pairs, planes:Tensor, # (B, 4, P) px, predicted distances
-    *more,        # tensors (shared memory) and numbers
-)->list: # jobs for `run_jobs`
-    "Calls of a loop over pairs, one for each run of objects of one image."
-    o, lengths = pairs.objects, pairs.lengths.numpy()
-    image = o.image.numpy()
-    cuts = [0, *(np.flatnonzero(np.diff(image))+1).tolist(), len(image)]
-    starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
-    lists = [x.detach().contiguous().numpy() for x in (planes, pairs.points, pairs.loc, pairs.lengths, o.boxes, o.image)]
-    return [(f, *lists, starts[a], a, b, *(x.numpy() if isinstance(x, Tensor) else x for x in more)) for a,b in zip(cuts, cuts[1:]) if b > a]
-
+# %% ../nbs/01_pairs.ipynb #c065
 def _gather_sides(pairs, planes):
     "Predicted sides (4, E), and where they stand in `planes`."
     p = planes.shape[2]; at, flat = pairs.image*(4*p) + pairs.loc, planes.reshape(-1)
