@@ -232,6 +232,7 @@ def _positive_slopes(s, n, by_total, slope, mean, reg, k, w_pos, g_cls):
         gx += g*zx; gy += g*zy; gxx += g*zx*zx; gyy += g*zy*zy
     return bx, by, bxx, byy, gx, gy, gxx, gyy
 
+# %% ../nbs/08_autoassign.ipynb #c034
 @number_loop()
 def _raise_to(x, at, best):
     for i in range(len(at)): best[np.uintp(at[i])] = larger(best[np.uintp(at[i])], x[i])
@@ -257,6 +258,7 @@ def _positive_loop(planes, points, loc, lengths, boxes, image, a, first, last, s
             put(s[9], at, g_obj[im])
     return loss
 
+# %% ../nbs/08_autoassign.ipynb #c036
 @number_loop()
 def _negative_columns(s, n, high, by_range, w_neg, g_cls):
     "Rows of `s`, in: 0 1/(1-IoU), 1 c, 2 o, 3 counts or not; out: 2, slope of o. The sum of F(w⁻q) - F(q)."
@@ -290,6 +292,7 @@ def _negative_loop(planes, points, loc, lengths, boxes, image, a, first, last, c
         if grad: put(s[2], at, g_obj[im])
     return loss
 
+# %% ../nbs/08_autoassign.ipynb #c038
 @patch
 def looped(self:_Bags, mu, sigma):
     "Whether the loops serve: float32 on a CPU, and the rule as released or with another prior."
@@ -313,7 +316,7 @@ def negative_loops(self:_Bags, pairs, kept):
     g_cls, g_obj = (self.g_cls[1], self.g_obj[1].view(b,p)) if self.grad else (torch.empty_like(self.cls), self.cls.new_empty(1,1))
     self.neg = self.neg + sum(run_jobs(image_jobs(_negative_loop, pairs, self.planes, self.cls, self.obj.view(b,p), self.known.view(b,p), kept.to(self.cls.dtype), self.grad, self.w_neg, g_cls, g_obj)))
 
-# %% ../nbs/08_autoassign.ipynb #c034
+# %% ../nbs/08_autoassign.ipynb #c040
 class _BagSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rule, preds, pairs, cls, obj, planes, mu, sigma):
@@ -352,7 +355,7 @@ def _scaled(*terms):
         if a is not None: out = x*a if out is None else out.add_(x*a)
     return out
 
-# %% ../nbs/08_autoassign.ipynb #c036
+# %% ../nbs/08_autoassign.ipynb #c042
 def centre_loss(
     prior:Tensor, # (N,) centre prior summed over each object's bag
     objects:Objects,
@@ -370,7 +373,7 @@ def explicit_objectness(
     loss = target*focal_positive(obj_logits) + (1-target)*.75*focal_negative(obj_logits)
     return loss.sum()/normalizer(target.sum())
 
-# %% ../nbs/08_autoassign.ipynb #c037
+# %% ../nbs/08_autoassign.ipynb #c043
 class AutoAssign(Method):
     "AutoAssign: all locations in a box, weighted by a learned centre prior and the predictions' confidence."
     def __init__(self,
