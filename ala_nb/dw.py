@@ -156,12 +156,6 @@ def autoassign_weights(
     return pairs.normalize(strength if prior is None else strength.mul_(prior)), 1-f
 
 # %% ../nbs/09_dw.ipynb #c039
-def _score_parts(c, o):
-    "s, -ln(1-s), 1-s, and the slopes of ln s: σ(-c), σ(-o)."
-    near, far_c, far_o = torch.sigmoid(c), torch.sigmoid(-c), torch.sigmoid(-o)
-    s, rest = near*torch.sigmoid(o), torch.addcmul(far_c, near, far_o).clamp_(min=torch.finfo(c.dtype).tiny)
-    return s, -torch.where(s < .5, torch.log1p(-s), rest.log()), rest, far_c, far_o
-
 _ZERO, _HALF, _ONE, _TWO = (np.float32(x) for x in (0, .5, 1, 2))
 
 @number_function
@@ -192,6 +186,13 @@ def _looped_terms(cls, obj, weights, factors=None):
     lists = [x.detach().contiguous().numpy() for x in (cls, obj, *(some if w is None else w for w in weights))]
     sums = run_jobs((_class_terms_loop, *(x[p] for x in lists), *map(np.float32, g), *(x[p if factors else slice(p.stop-p.start)].numpy() for x in out)) for p in at)
     return np.array(sums).reshape(-1,3).sum(0).tolist(), out
+
+# %% ../nbs/09_dw.ipynb #c041
+def _score_parts(c, o):
+    "s, -ln(1-s), 1-s, and the slopes of ln s: σ(-c), σ(-o)."
+    near, far_c, far_o = torch.sigmoid(c), torch.sigmoid(-c), torch.sigmoid(-o)
+    s, rest = near*torch.sigmoid(o), torch.addcmul(far_c, near, far_o).clamp_(min=torch.finfo(c.dtype).tiny)
+    return s, -torch.where(s < .5, torch.log1p(-s), rest.log()), rest, far_c, far_o
 
 class _ClassTerms(torch.autograd.Function):
     @staticmethod
@@ -234,7 +235,7 @@ def class_terms(
     "Weighted sums of the class losses of the joint score s, with gradient to both logits."
     return _ClassTerms.apply(cls, obj, yes, no, focal, gamma)
 
-# %% ../nbs/09_dw.ipynb #c043
+# %% ../nbs/09_dw.ipynb #c045
 _GOOD, _EPS, _FAR, _BEST = (np.float32(x) for x in (.25, 1e-12, -60., 1e30))     # .5² is IoU^γ1 where every box is a negative
 
 @number_loop()
@@ -281,7 +282,7 @@ def _weigh_loop(planes, points, loc, lengths, boxes, image, a, first, last, stri
             for j in range(4): put(s[j], at, slopes[im,j])
     return loss
 
-# %% ../nbs/09_dw.ipynb #c044
+# %% ../nbs/09_dw.ipynb #c046
 class _WeighBags(torch.autograd.Function):
     "Σ w_reg·(1 - GIoU), and the weights of every pair, without gradient: IoU, w_pos, w_neg, w_reg, P_neg (None if coupled)."
     @staticmethod
@@ -309,7 +310,7 @@ class _WeighBags(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, *_): return ctx.slopes*g, None, None, None, None, None
 
-# %% ../nbs/09_dw.ipynb #c046
+# %% ../nbs/09_dw.ipynb #c048
 NEGATIVES = 'both', 'probability', 'importance', 'complement', 'none'      # Table 5
 WEIGHTINGS = 'dw', 'gfl', 'vfl', 'tood', 'musu', 'autoassign'              # Tables 1 and 6
 
@@ -345,7 +346,7 @@ class DW(Method):
 
 
 
-# %% ../nbs/09_dw.ipynb #c048
+# %% ../nbs/09_dw.ipynb #c050
 @patch
 def dual(self:DW, score, iou, giou_loss, prior, pairs):
     "w_pos and P_neg, each (E,)."
@@ -366,7 +367,7 @@ def weigh(self:DW, score, iou, giou_loss, prior, pairs):
     trust = 1. if prior is None else prior
     return pos*trust, neg, (pos if self.paper else t)*trust, None
 
-# %% ../nbs/09_dw.ipynb #c050
+# %% ../nbs/09_dw.ipynb #c052
 @patch
 def divisors(self:DW, preds, objects, kept, box_weight, p_neg):
     "As released: of the positive and the negative terms."

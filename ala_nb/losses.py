@@ -186,6 +186,7 @@ def _plain_line(c, scale, grad):
         total += q2*cost; grad[i] = q2*(_TWO*n*cost + s)
     return total
 
+# %% ../nbs/02_losses.ipynb #c030
 LINE = 4096 # logits of one class at a time: sums of so many keep float32's precision, and a line of each array stays in the cache
 
 @number_loop('f8(f4[::1],f4,f4[::1])')
@@ -218,7 +219,7 @@ def _dense_rows(c, o, not_o, scale, grad, slope, start, end):
             for i in range((j-a)*classes, (j-a+1)*classes): slope[j] += slopes[i]
     return total
 
-# %% ../nbs/02_losses.ipynb #c030
+# %% ../nbs/02_losses.ipynb #c032
 def _exact_block(x, obj, scale, grad):
     "Sum of F over a block of any dtype and device, and the gradient into `grad`; returns q·dF/dq (for the objectness). `obj` are objectness logits, broadcastable, or None."
     S, N = torch.sigmoid(x), torch.sigmoid(-x)
@@ -263,7 +264,7 @@ def _fresh(like:Tensor)->Tensor:
     weakref.finalize(memory, _SPARE.append, pages)                        # runs when the last tensor on it is gone
     return torch.from_numpy(memory).view(like.dtype).view(like.shape)
 
-# %% ../nbs/02_losses.ipynb #c032
+# %% ../nbs/02_losses.ipynb #c034
 JOB = 1 << 18 # logits a job of the compiled loop
 BLOCK = 3 << 16, 1 << 23 # logits a block of tensor operations, on a CPU (its dozen buffers stay near the cache) and elsewhere
 
@@ -315,7 +316,7 @@ def dense_negative(
     if go is not None: go.mul_(torch.sigmoid(-obj))
     return total.to(first.dtype), *((grads, go) if need_grad else (None, None))
 
-# %% ../nbs/02_losses.ipynb #c038
+# %% ../nbs/02_losses.ipynb #c040
 @number_loop('void(i8[::1],i8[:,::1],i8[:,::1],i8[::1],i8[::1],i8[::1],i8[::1])')
 def _fill_indices(loc, counts, start, step, cursor, position, at):
     "Level by level (from `cursor`), each pair's position in the list and its logit's place in the level's block."
@@ -367,6 +368,7 @@ class _Reader:
         self.pending = (None, obj, scale)
         return grads
 
+# %% ../nbs/02_losses.ipynb #c042
 class _ReadPairs(torch.autograd.Function):
     "Logits at the pairs, and a token through which the dense term's gradient comes back."
     @staticmethod
@@ -401,7 +403,7 @@ class _DenseNegative(torch.autograd.Function):
         go, = ctx.saved_tensors
         return None, g, None if go is None else go*g, None
 
-# %% ../nbs/02_losses.ipynb #c039
+# %% ../nbs/02_losses.ipynb #c043
 class ClassTable:
     "The class logits of a batch, read at the pairs of their objects' classes and summed as negatives."
     def __init__(self,

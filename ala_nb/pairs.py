@@ -596,10 +596,12 @@ def best_of_class(self:Pairs,
 # %% ../nbs/01_pairs.ipynb #c056
 @number_loop()
 def pick(x, at, out):
+    "x[at] into the first numbers of `out`."
     for i in range(len(at)): out[i] = x[np.uintp(at[i])]                # unsigned: no test for an index from the end
 
 @number_loop()
 def put(x, at, out):
+    "The first numbers of `x` added to out[at]."
     for i in range(len(at)): out[np.uintp(at[i])] += x[i]
 
 LISTS = 'f4[:,:,::1],f4[:,::1],i8[::1],i8[::1],f4[:,::1],i8[::1],i8,i8,i8' # types of the arguments that `image_jobs` gives
@@ -721,7 +723,6 @@ def giou_slopes(
 
 # %% ../nbs/01_pairs.ipynb #c063
 _ZERO, _HALF, _ONE, _TWO, _EPS = (np.float32(x) for x in (0,.5,1,2,1e-7))
-_AT_ONCE = 1024
 
 @number_loop()
 def pick_sides(planes, points, at, image, s):
@@ -742,6 +743,17 @@ def overlap_columns(s, n, x1, y1, x2, y2):
         iou = inter/union
         s[6,i] = iou; s[7,i] = _TWO - iou - union/hull
 
+@number_loop(f'void({LISTS},f4[::1],f4[::1])')
+def _overlap_loop(planes, points, loc, lengths, boxes, image, a, first, last, iou, loss):
+    "IoU and GIoU loss of the pairs of objects first ... last-1, which begin at `a`."
+    s = np.empty((8, lengths[first:last].max()), np.float32)
+    for n in range(first, last):
+        m = lengths[n]; here = slice(a, a+m); a += m
+        pick_sides(planes, points, loc[here], image[n], s)
+        overlap_columns(s, m, boxes[n,0], boxes[n,1], boxes[n,2], boxes[n,3])
+        iou[here] = s[6,:m]; loss[here] = s[7,:m]
+
+# %% ../nbs/01_pairs.ipynb #c065
 @number_function
 def _side_slope(p, q, inner, outer, side, by_inter, by_union, by_hull):
     far = side*by_union + outer*by_hull
@@ -766,34 +778,17 @@ def slope_columns(s, n, x1, y1, x2, y2):
         s[0,i] = _side_slope(l, L, by_x, hh, h, by_inter, by_union, by_hull); s[1,i] = _side_slope(t, T, by_y, hw, w, by_inter, by_union, by_hull)
         s[2,i] = _side_slope(r, R, by_x, hh, h, by_inter, by_union, by_hull); s[3,i] = _side_slope(b, B, by_y, hw, w, by_inter, by_union, by_hull)
 
-@number_loop(f'void({LISTS},f4[::1],f4[::1])')
-def _overlap_loop(planes, points, loc, lengths, boxes, image, a, first, last, iou, loss):
-    "IoU and GIoU loss of the pairs of objects first ... last-1, which begin at `a`."
-    s = np.empty((8,_AT_ONCE), np.float32)
-    for n in range(first, last):
-        end = a + lengths[n]
-        while a < end:
-            b = min(a+_AT_ONCE, end)
-            pick_sides(planes, points, loc[a:b], image[n], s)
-            overlap_columns(s, b-a, boxes[n,0], boxes[n,1], boxes[n,2], boxes[n,3])
-            iou[a:b] = s[6,:b-a]; loss[a:b] = s[7,:b-a]
-            a = b
-
 @number_loop(f'void({LISTS},f4[::1],f4[:,:,::1])')
 def _slope_loop(planes, points, loc, lengths, boxes, image, a, first, last, weight, out):
     "Slopes of the same objects, added to `out` (B, 4, P)."
-    s = np.empty((8,_AT_ONCE), np.float32)
+    s = np.empty((7, lengths[first:last].max()), np.float32)
     for n in range(first, last):
-        end = a + lengths[n]
-        while a < end:
-            b = min(a+_AT_ONCE, end)
-            pick_sides(planes, points, loc[a:b], image[n], s)
-            s[6,:b-a] = weight[a:b]
-            slope_columns(s, b-a, boxes[n,0], boxes[n,1], boxes[n,2], boxes[n,3])
-            for k in range(4): put(s[k], loc[a:b], out[image[n],k])
-            a = b
+        m = lengths[n]; at = loc[a:a+m]
+        pick_sides(planes, points, at, image[n], s); s[6,:m] = weight[a:a+m]; a += m
+        slope_columns(s, m, boxes[n,0], boxes[n,1], boxes[n,2], boxes[n,3])
+        for k in range(4): put(s[k], at, out[image[n],k])
 
-# %% ../nbs/01_pairs.ipynb #c065
+# %% ../nbs/01_pairs.ipynb #c067
 def _gather_sides(pairs, planes):
     "Predicted sides (4, E), and where they stand in `planes`."
     p = planes.shape[2]; at, flat = pairs.image*(4*p) + pairs.loc, planes.reshape(-1)
