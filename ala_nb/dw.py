@@ -180,12 +180,12 @@ def _class_terms_loop(cls, obj, yes, no, focal, g_yes, g_no, g_focal, by_cls, by
 
 def _looped_terms(cls, obj, weights, factors=None):
     "Calls of the loop on pieces of the lists: the sums, and with factors the slopes (2, E)."
-    some = next(w for w in weights if w is not None)                      # stands in for a weight that is not there, and counts nothing
+    some = next((w for w in weights if w is not None), cls)               # stands in for a weight that is not there; its factor and its sum are 0
     g = [0. if w is None or factors is None else f for w,f in zip(weights, factors or weights)]
     at = pieces(cls); out = cls.new_empty(2, len(cls) if factors else max((p.stop-p.start for p in at), default=0))
     lists = [x.detach().contiguous().numpy() for x in (cls, obj, *(some if w is None else w for w in weights))]
     sums = run_jobs((_class_terms_loop, *(x[p] for x in lists), *map(np.float32, g), *(x[p if factors else slice(p.stop-p.start)].numpy() for x in out)) for p in at)
-    return np.array(sums).reshape(-1,3).sum(0).tolist(), out
+    return [0. if w is None else x for w,x in zip(weights, np.array(sums).reshape(-1,3).sum(0).tolist())], out
 
 # %% ../nbs/09_dw.ipynb #c041
 def _score_parts(c, o):

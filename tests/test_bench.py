@@ -245,9 +245,11 @@ def test_chunks_change_no_result(name):
         if x is not None: assert (x-y).norm() <= 1e-5*x.norm()
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='high-water marks are reset on Linux only')
-@pytest.mark.parametrize('name', ('ala', 'autoassign', 'dw'))
-def test_chunks_bound_the_memory(name):
-    "In the tensor form; a loop needs no more than the smallest chunks do, whatever the option says."
+@pytest.mark.parametrize('name, share', (('ala', .75), ('autoassign', .5), ('dw', .6)))         # ala keeps more of what does not depend on chunks
+def test_chunks_bound_the_memory(name, share):
+    """In the tensor form; a loop needs no more than the smallest chunks do, whatever the option says.
+    Each allocation above 64 KiB goes back to the system at once, so that the peak is that of the tensors alive and
+    repeats within 1 %: the allocator's own cache moves it by 5 %."""
     spec = lambda chunk: [sys.executable, '-c', f"""
 import torch
 from ala_nb import bench as B
@@ -257,7 +259,7 @@ torch.set_num_threads(1)
 b = B.draw_batch((2000,), (800, 1216), 2, torch.Generator().manual_seed(0), 90., .5)   # enough pairs to outweigh what does not depend on chunks
 m = build('{name}', 2, chunk={chunk}); leaves = b.leaves(m.head)
 print(B.peak_growth(lambda: torch.autograd.grad(m(b.predictions(m.head), Objects.from_targets(b.targets), .5).total, leaves, allow_unused=True)))"""]
-    grown = lambda c, **env: float(subprocess.run(spec(c), capture_output=True, text=True, cwd=ROOT, check=True, env=os.environ | env).stdout.split()[-1])
+    grown = lambda c, **env: float(subprocess.run(spec(c), capture_output=True, text=True, cwd=ROOT, check=True, env=os.environ | dict(MALLOC_MMAP_THRESHOLD_='65536') | env).stdout.split()[-1])
     small, large = (grown(c, NUMBA_DISABLE_JIT='1') for c in (1<<15, 1<<30))
-    assert small < .7*large, (small, large)
+    assert small < share*large, (small, large)
     if name != 'ala': assert grown(1<<30) < 1.1*small, small

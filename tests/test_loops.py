@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from ala_nb import geometry
+from ala_nb.dw import class_terms
 from ala_nb.losses import ClassTable, dense_negative
 from ala_nb.methods import METHODS, available, build
 from ala_nb.pairs import Objects, Predictions, center_pairs, inside_pairs, nearest_pairs
@@ -103,6 +104,17 @@ def test_dense_saturated_and_infinite():
     for bad in (math.inf, math.nan):
         maps = [torch.full((1, 2, 3, 3), -4.)]; maps[0][0, 0, 1, 1] = bad
         assert not dense_negative(Predictions.from_maps(maps, [torch.ones(1, 4, 3, 3)], strides=(8,)))[0].isfinite()
+
+@pytest.mark.parametrize('given_', [(1, 1, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 0, 0), (0, 0, 0)])
+def test_class_terms_with_weights_left_out(given_):
+    g = torch.Generator().manual_seed(0); r = lambda: torch.rand(70000, generator=g)                 # more than one piece
+    c, o, weights = r()*8-4, r()*8-4, [r() if w else None for w in given_]
+    def run(dtype):
+        x, y = (v.to(dtype).requires_grad_() for v in (c, o))
+        sums = class_terms(x, y, *(None if w is None else w.to(dtype) for w in weights))
+        return [v.detach().double() for v in sums], [v.double() for v in torch.autograd.grad(2*sums[0]+3*sums[1]-sums[2], (x, y))]
+    for a, b in zip(run(torch.float32), run(torch.float64)):
+        for x, y in zip(a, b): torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 def test_bags_outside_their_boxes():
     maps, targets = batch(3, (4, 5)); planes = Predictions.from_maps(*maps[:2], strides=STRIDES)
