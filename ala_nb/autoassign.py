@@ -73,12 +73,14 @@ def _best_with(l, t, r, b, x, y, x1, y1, x2, y2, best):
         best[i] = iou if old >= _ZERO and iou > old else old
 
 @number_loop('void(f4[:,::1],f4[:,::1],f4[:,::1],i8,i8,f4[::1])')
-def _best_iou_loop(planes, xy, boxes, first, last, best):
+def _best_iou_loop(planes, points, boxes, first, last, best):
     "Objects first ... last-1 and the boxes (4, P) of their image, a stretch of locations that stays in the cache at a time."
+    x, y = np.empty(2048, np.float32), np.empty(2048, np.float32)
     for a in range(0, len(best), 2048):
         b = min(a+2048, len(best))
+        for i in range(b-a): x[i] = points[a+i,0]; y[i] = points[a+i,1]
         for n in range(first, last):
-            _best_with(planes[0,a:b], planes[1,a:b], planes[2,a:b], planes[3,a:b], xy[0,a:b], xy[1,a:b], boxes[n,0], boxes[n,1], boxes[n,2], boxes[n,3], best[a:b])
+            _best_with(planes[0,a:b], planes[1,a:b], planes[2,a:b], planes[3,a:b], x[:b-a], y[:b-a], boxes[n,0], boxes[n,1], boxes[n,2], boxes[n,3], best[a:b])
 
 # %% ../nbs/08_autoassign.ipynb #c018
 @torch.no_grad()
@@ -91,8 +93,8 @@ def best_iou(
     p, planes, counts = preds.n_locations, preds.distance_planes, objects.counts.tolist()
     ends = np.cumsum(counts).tolist()
     if loops_on(planes, preds.points, objects.boxes, known):
-        planes, xy, boxes, best = (x.detach().contiguous().numpy() for x in (planes, preds.points.t(), objects.boxes, known))
-        run_jobs((_best_iou_loop, planes[i], xy, boxes, end-n, end, best[i*p:(i+1)*p]) for i,(n,end) in enumerate(zip(counts, ends)))
+        planes, points, boxes, best = (x.detach().contiguous().numpy() for x in (planes, preds.points, objects.boxes, known))
+        run_jobs((_best_iou_loop, planes[i], points, boxes, end-n, end, best[i*p:(i+1)*p]) for i,(n,end) in enumerate(zip(counts, ends)))
         return known
     xy = preds.points.t().contiguous()
     for i,(n,end) in enumerate(zip(counts, ends)):

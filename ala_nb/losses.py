@@ -195,26 +195,44 @@ def _dense_plain(c, scale, grad):
     for a in range(0, len(c), LINE): total += _plain_line(c[a:a+LINE], scale, grad[a:a+LINE])
     return total
 
-@number_loop('f8(f4[:,::1],f4[::1],f4[::1],f4,f4[:,::1],f4[::1],i8,i8)')
-def _dense_columns(c, o, not_o, scale, grad, slope, start, end):
-    "Columns start ... end of the class-first maps (K, R) of one level of one image."
-    total = 0.
+@number_function
+def _scores(x):
+    "σ(x) and σ(-x), and 0 for what is left of 1 beyond the reach of `exp_of`: two such rests would add up."
+    near, far = sigmoids(x)
+    return near, _ZERO if x > -_FAR else far
+
+@number_loop()
+def _score_line(x, near, far):
+    for i in range(len(x)): near[i], far[i] = _scores(x[i])
+
+@number_loop()
+def _times(x, y):
+    for i in range(len(x)): x[i] *= y[i]
+
+@number_loop('f8(f4[:,::1],f4[::1],f4,f4[:,::1],f4[::1],i8,i8)')
+def _dense_columns(c, obj, scale, grad, slope, start, end):
+    "Columns start ... end of the class-first maps (K, R) of one level of one image; `slope` (R,), of obj (R,), has zeros."
+    total = 0.; near, far = np.empty(LINE, np.float32), np.empty(LINE, np.float32)   # two rows of one array would cost the vector instructions
     for a in range(start, end, LINE):
         b = min(a+LINE, end)
-        for k in range(len(c)): total += _dense_line(c[k,a:b], o[a:b], not_o[a:b], scale, grad[k,a:b], slope[a:b])
+        _score_line(obj[a:b], near, far)
+        for k in range(len(c)): total += _dense_line(c[k,a:b], near[:b-a], far[:b-a], scale, grad[k,a:b], slope[a:b])
+        _times(slope[a:b], far)
     return total
 
-@number_loop('f8(f4[:,::1],f4[::1],f4[::1],f4,f4[:,::1],f4[::1],i8,i8)')
-def _dense_rows(c, o, not_o, scale, grad, slope, start, end):
+@number_loop('f8(f4[:,::1],f4[::1],f4,f4[:,::1],f4[::1],i8,i8)')
+def _dense_rows(c, obj, scale, grad, slope, start, end):
     "Rows start ... end of the class-last logits (R, K) of one image."
     classes, total = c.shape[1], 0.
     step = max(LINE//classes, 1)
-    obj, not_obj, slopes = np.empty((3, step*classes), np.float32)
+    near, far, slopes = np.empty(step*classes, np.float32), np.empty(step*classes, np.float32), np.empty(step*classes, np.float32)
     for a in range(start, end, step):
         b = min(a+step, end); n = (b-a)*classes
         for j in range(a, b):
-            for i in range((j-a)*classes, (j-a+1)*classes): obj[i] = o[j]; not_obj[i] = not_o[j]; slopes[i] = _ZERO
-        total += _dense_line(c[a:b].reshape(-1), obj[:n], not_obj[:n], scale, grad[a:b].reshape(-1), slopes[:n])
+            o, not_o = _scores(obj[j])
+            for i in range((j-a)*classes, (j-a+1)*classes): near[i] = o; far[i] = not_o; slopes[i] = _ZERO
+        total += _dense_line(c[a:b].reshape(-1), near[:n], far[:n], scale, grad[a:b].reshape(-1), slopes[:n])
+        _times(slopes[:n], far)
         for j in range(a, b):
             for i in range((j-a)*classes, (j-a+1)*classes): slope[j] += slopes[i]
     return total
@@ -265,23 +283,29 @@ def _fresh(like:Tensor)->Tensor:
     return torch.from_numpy(memory).view(like.dtype).view(like.shape)
 
 # %% ../nbs/02_losses.ipynb #c034
-JOB = 1 << 18 # logits a job of the compiled loop
+JOB = 1 << 18 # logits a job of the compiled loop, or more
 BLOCK = 3 << 16, 1 << 23 # logits a block of tensor operations, on a CPU (its dozen buffers stay near the cache) and elsewhere
 
-def _dense_jobs(blocks, preds, obj, scale, grads, slope):
-    "`dense_negative` on a CPU as calls of the compiled loops: (function, arguments)."
-    scale, start, n_classes = _float(scale), 0, preds.n_classes
-    o, not_o = (None, None) if obj is None else (obj.sigmoid().numpy(), torch.sigmoid(-obj).numpy())
+def _pieces(preds, cells):
+    "Into how many jobs to cut a level of one image: enough for the threads of a large machine, each of a worthwhile size."
+    return max(min(16//preds.n_images, -(-preds.n_classes*cells//JOB)), 1)
+
+def _dense_jobs(blocks, preds, obj, scale, grads, slopes):
+    "`dense_negative` on a CPU as calls of the compiled loops: (function, arguments); slopes (G, B, P) are zeros, one row for each of at most G groups of classes."
+    scale, start = _float(scale), 0
     for x,g,class_first in zip(blocks, grads, preds.class_first):
         cells = x.shape[2 if class_first else 1]
         if obj is None:
             c, d = x.reshape(-1).numpy(), g.view(-1).numpy()
             yield from ((_dense_plain, c[a:a+JOB], scale, d[a:a+JOB]) for a in range(0, len(c), JOB))
         else:
-            step = max(JOB//max(n_classes,1)//LINE, 1)*LINE
-            for b,(c,d) in enumerate(zip(x.contiguous().numpy(), g.numpy())):
-                at = slice(start, start+cells)
-                for a in range(0, cells, step): yield (_dense_columns if class_first else _dense_rows), c, o[b,at], not_o[b,at], scale, d, slope[b,at], a, min(a+step, cells)
+            # Whole maps where there are classes enough: threads that write beside each other in every map take the cache from each other.
+            pieces = _pieces(preds, cells); groups = min(pieces, len(slopes)) if class_first else 1
+            cuts = [preds.n_classes*i//groups for i in range(groups+1)] if class_first else [0, cells]
+            step = max(-(-cells*groups//(pieces*LINE)), 1)*LINE
+            for b,(c,d,o,slope) in enumerate(zip(x.contiguous().numpy(), g.numpy(), obj[:,start:start+cells].numpy(), slopes[:,:,start:start+cells].transpose(0,1).numpy())):
+                for i,(k,l) in enumerate(zip(cuts, cuts[1:])):
+                    for a in range(0, cells, step): yield (_dense_columns if class_first else _dense_rows), c[k:l], o, scale, d[k:l], slope[i], a, min(a+step, cells)
         start += cells
 
 @torch.no_grad()
@@ -298,11 +322,13 @@ def dense_negative(
     on_cpu = first.device.type == 'cpu' and not torch.compiler.is_compiling()
     if loop is None: loop = loops_on(first)
     grads = [_fresh(b) for b in blocks] if need_grad or loop else None       # a loop writes them in any case
-    obj = None if obj_logits is None else obj_logits.detach()
-    go = None if obj is None or not (need_grad or loop) else torch.zeros_like(obj)
+    obj = None if obj_logits is None else obj_logits.detach().contiguous()
+    go = None if obj is None or loop or not need_grad else torch.zeros_like(obj)
     if loop:
-        jobs = _dense_jobs(blocks, preds, obj, scale, grads, None if go is None else go.numpy())
-        total = torch.tensor(sum(run_jobs(jobs)), dtype=torch.float64)
+        most = max((_pieces(preds, h*w) for h,w in preds.level_sizes), default=1)
+        slopes = None if obj is None else obj.new_zeros(max(min(most, preds.n_classes), 1), *obj.shape)
+        total = torch.tensor(sum(run_jobs(_dense_jobs(blocks, preds, obj, scale, grads, slopes))), dtype=torch.float64)
+        go = None if obj is None else slopes.sum(0)
     else:
         total, start = torch.zeros((), dtype=torch.float64 if on_cpu else first.dtype, device=first.device), 0
         for i,(x,class_first) in enumerate(zip(blocks, preds.class_first)):
@@ -313,18 +339,19 @@ def dense_negative(
                 total += value
                 if slope is not None and go is not None: go[where] += slope.sum(1 if class_first else 2)
             start += cells
-    if go is not None: go.mul_(torch.sigmoid(-obj))
+        if go is not None: go.mul_(torch.sigmoid(-obj))
     return total.to(first.dtype), *((grads, go) if need_grad else (None, None))
 
 # %% ../nbs/02_losses.ipynb #c040
-@number_loop('void(i8[::1],i8[:,::1],i8[:,::1],i8[::1],i8[::1],i8[::1],i8[::1])')
-def _fill_indices(loc, counts, start, step, cursor, position, at):
+@number_loop('void(i8[::1],i8[:,::1],i8[::1],i8[::1],i8[::1],i8[:,::1],b1[::1],i8,i8[::1],i8[::1],i8[::1])')
+def _fill_indices(loc, counts, image, label, start, sizes, class_first, k, cursor, position, at):
     "Level by level (from `cursor`), each pair's position in the list and its logit's place in the level's block."
     e = 0
     for n in range(len(counts)):
-        for l in range(len(step)):
-            c = cursor[l]; cursor[l] = c + counts[n,l]
-            for j in range(counts[n,l]): position[c+j] = e+j; at[c+j] = start[n,l] + loc[e+j]*step[l]
+        for l in range(len(start)):
+            hw, c = sizes[l,0]*sizes[l,1], cursor[l]; cursor[l] = c + counts[n,l]
+            first, step = ((image[n]*k + label[n])*hw - start[l], 1) if class_first[l] else ((image[n]*hw - start[l])*k + label[n], k)
+            for j in range(counts[n,l]): position[c+j] = e+j; at[c+j] = first + loc[e+j]*step
             e += counts[n,l]
 
 class _Reader:
@@ -339,10 +366,10 @@ class _Reader:
         if len(p.cls_blocks) == 1 and not p.class_first[0]: return [(None, q.cell*k + q.labels)]
         out, (image, label) = [], (q.objects.image, q.objects.labels)
         if p.device.type=='cpu' and loops_on() and q._level_counts is not None:
-            first, a, hw, n = torch.tensor(p.class_first), torch.tensor(p.level_starts[:-1]), torch.tensor([h*w for h,w in p.level_sizes]), q._per_level
-            start = torch.where(first, (image*k + label)[:,None]*hw - a, (image[:,None]*hw - a)*k + label[:,None])
-            position, at = torch.empty(2, len(q), dtype=torch.long); cursor = torch.tensor(np.cumsum([0, *n[:-1]]))
-            _fill_indices(*(x.contiguous().numpy() for x in (q.loc, q._level_counts, start, torch.where(first, 1, k), cursor, position, at)))
+            (sizes, _, start), n = p.levels(), q._per_level
+            position, at = torch.empty(2, len(q), dtype=torch.long)
+            lists = (x.contiguous().numpy() for x in (q.loc, q._level_counts, image, label, start, sizes))
+            _fill_indices(*lists, np.array(p.class_first), k, np.cumsum([0, *n[:-1]]), position.numpy(), at.numpy())
             return [*zip(position.split(n), at.split(n))]
         for l,(pos,a,(h,w),class_first) in enumerate(zip(q.by_level, p.level_starts, p.level_sizes, p.class_first)):
             loc = q.loc.index_select(0, pos)

@@ -30,12 +30,14 @@ class Objects:
     def from_targets(cls,
         targets:Sequence[dict], # one dict an image: 'boxes' (G, 4) xyxy px, 'labels' (G,) 0 ... K-1
     ):
-        "Objects of a batch from torchvision's targets; raises `InputError` naming the image where the shapes do not fit."
+        "Objects of a batch from torchvision's targets; raises `InputError` naming the image where the shapes do not fit or (on a CPU) a box is not finite."
         if len(targets) == 0: raise InputError("targets: an empty list; give one dict an image")
         for i,t in enumerate(targets):
             if t['boxes'].ndim != 2 and t['boxes'].numel() or t['boxes'].numel() != 4*len(t['labels']):
                 raise InputError(f"targets[{i}]: boxes {tuple(t['boxes'].shape)} and labels {tuple(t['labels'].shape)} do not fit; "
                                  "give boxes (G, 4) and labels (G,)")
+            if torch.as_tensor(t['boxes']).device.type == 'cpu' and not torch.as_tensor(t['boxes']).isfinite().all():     # elsewhere it would have to wait for the device
+                raise InputError(f"targets[{i}]: a box that is not finite; leave it out, or mend it")
         boxes = torch.cat([torch.as_tensor(t['boxes']).reshape(-1,4) for t in targets]).as_subclass(Tensor)
         labels = torch.cat([torch.as_tensor(t['labels']).reshape(-1) for t in targets]).long()
         counts = torch.tensor([len(t['labels']) for t in targets])
@@ -64,6 +66,11 @@ def np_cumsum(counts)->list:
 
 @functools.lru_cache(maxsize=16)
 def _cached_grid(sizes, strides, offset, device, dtype): return grid_points(sizes, strides, offset, device, dtype)
+
+@functools.lru_cache(maxsize=16)
+def _cached_levels(sizes, strides, device, dtype):
+    hw = torch.tensor(sizes, device=device).view(-1, 2)
+    return hw, torch.tensor(strides, device=device, dtype=dtype), torch.tensor(np_cumsum([h*w for h,w in sizes])[:-1], device=device)
 
 def _as_planes(maps:Sequence[Tensor])->Tensor:
     "(B, C, H, W) maps of few channels -> (B, C, P)."
@@ -156,6 +163,13 @@ class Predictions:
 def level_starts(self:Predictions)->list:
     "First location of each level, and P: L+1 integers."
     return np_cumsum([h*w for h,w in self.level_sizes])
+
+@patch
+def levels(self:Predictions,
+    dtype:torch.dtype=None, # of the strides, default that of the points
+)->tuple: # (L, 2) int64 heights and widths, (L,) strides, (L,) int64 first location
+    "The levels as tensors on the device; shared between batches of one size, not to be changed."
+    return _cached_levels(tuple(map(tuple, self.level_sizes)), tuple(self.level_strides), self.points.device, dtype or self.points.dtype)
 
 @patch(as_prop=True)
 def cls_logits(self:Predictions)->Tensor:
@@ -317,15 +331,47 @@ def columns_between(
     return first.long(), (last-first+1).clamp(min=0).long()
 
 # %% ../nbs/01_pairs.ipynb #c027
-@number_loop('void(i8[:,::1],i8[:,::1],i8[:,::1],i8[::1],i8[::1],i8[::1])')
-def _fill_rectangles(first, rows, columns, width, loc, obj):
-    "The lists of all pairs, of each rectangle's first location, rows and columns (N, L), and the levels' widths (L,)."
+_ZERO, _HALF, _ONE, _TWO, _EPS = (np.float32(x) for x in (0,.5,1,2,1e-7))
+
+@number_function
+def _columns(lo, hi, stride, offset, n):
+    "`columns_between` for numbers; a NaN has no columns."
+    first, last = np.floor(lo/stride-offset)+_ONE, np.ceil(hi/stride-offset)-_ONE
+    if (first+offset)*stride <= lo: first += _ONE
+    if (first-_ONE+offset)*stride > lo: first -= _ONE
+    if (last+offset)*stride >= hi: last -= _ONE
+    if (last+_ONE+offset)*stride < hi: last += _ONE
+    first = smaller(larger(first, _ZERO), np.float32(n)); count = smaller(last, np.float32(n)-_ONE)-first+_ONE
+    return (np.int64(first), np.int64(count)) if count > _ZERO else (0, 0)
+
+@number_loop('void(f4[:,:,::1],f4[:,:,::1],i8[:,::1],f4[::1],i8[::1],f4,i8[:,:,::1],i8[::1],i8[::1])')
+def _find_rectangles(lo, hi, sizes, strides, start, offset, found, lengths, per_level):
+    "First location, rows, columns and pairs (4, N, L) of rectangles given in px; sums of the pairs (N,), (L,) on what is there."
+    for n in range(len(lo)):
+        for l in range(len(strides)):
+            row, rows = _columns(lo[n,l,1], hi[n,l,1], strides[l], offset, sizes[l,0])
+            column, columns = _columns(lo[n,l,0], hi[n,l,0], strides[l], offset, sizes[l,1])
+            found[0,n,l], found[1,n,l], found[2,n,l], found[3,n,l] = start[l]+row*sizes[l,1]+column, rows, columns, rows*columns
+            lengths[n] += rows*columns; per_level[l] += rows*columns
+
+@number_loop('void(i8[:,:,::1],i8[:,::1],i8[::1],i8[::1])')
+def _fill_rectangles(found, sizes, loc, obj):
+    "The lists of all pairs."
     e = 0
-    for n in range(len(first)):
-        for l in range(first.shape[1]):
-            for r in range(rows[n,l]):
-                a = first[n,l] + r*width[l]
-                for c in range(columns[n,l]): loc[e] = a+c; obj[e] = n; e += 1
+    for n in range(found.shape[1]):
+        for l in range(found.shape[2]):
+            for r in range(found[1,n,l]):
+                a = found[0,n,l] + r*sizes[l,1]
+                for c in range(found[2,n,l]): loc[e] = a+c; obj[e] = n; e += 1
+
+def _looped_rectangles(preds, objects, lo, hi):
+    "`rectangle_pairs` by loops."
+    sizes, strides, start = preds.levels(); n = lo.shape[:2]; zeros = functools.partial(torch.zeros, dtype=torch.long)
+    found, lengths, per_level = zeros(4, *n), zeros(n[0]), zeros(n[1])
+    _find_rectangles(*(x.contiguous().numpy() for x in (lo, hi, sizes, strides, start)), np.float32(preds.offset), *(x.numpy() for x in (found, lengths, per_level)))
+    per_level = per_level.tolist(); loc, obj = zeros(2, sum(per_level))
+    _fill_rectangles(*(x.numpy() for x in (found, sizes, loc, obj)))
+    return Pairs(loc, obj, lengths, preds, objects, found[3], per_level)
 
 # %% ../nbs/01_pairs.ipynb #c028
 def rectangle_pairs(
@@ -335,18 +381,14 @@ def rectangle_pairs(
     hi:Tensor, # (N, L, 2) px, open upper bounds
 )->Pairs:
     "All pairs whose location lies strictly inside a rectangle given for every object and level."
-    dev, sizes = lo.device, torch.tensor(preds.level_sizes, device=lo.device)
-    steps = torch.tensor(preds.level_strides, device=dev, dtype=lo.dtype)
+    if loops_on(lo, preds.points): return _looped_rectangles(preds, objects, lo.detach(), hi.detach())
+    dev, (sizes, steps, start) = lo.device, preds.levels(lo.dtype)
     (col,row), (ncol,nrow) = columns_between(lo.movedim(-1,0), hi.movedim(-1,0), steps, preds.offset, sizes.T.flip(0)[:,None])   # both axes at once
     nrow = nrow*(ncol>0)
     counts = nrow*ncol                                                   # (N, L)
     *per_level, n_rows = torch.cat([counts.sum(0), nrow.sum()[None]]).tolist()   # the one synchronisation
     n_pairs = sum(per_level)
-    start, lengths = torch.tensor(preds.level_starts[:-1], device=dev), counts.sum(1)
-    if dev.type=='cpu' and loops_on():
-        loc, obj = (torch.empty(n_pairs, dtype=torch.long) for _ in range(2))
-        _fill_rectangles(*(x.contiguous().numpy() for x in (start + row*sizes[:,1] + col, nrow, ncol, sizes[:,1], loc, obj)))
-        return Pairs(loc, obj, lengths, preds, objects, counts, per_level)
+    lengths = counts.sum(1)
     spread = lambda x, n, total: torch.repeat_interleave(x, n, output_size=total)
     # (object, level) -> its rows: the location before the first pair of each row
     nr, width = nrow.flatten(), sizes[:,1].expand_as(counts).flatten()
@@ -377,7 +419,7 @@ def center_pairs(
     "Locations strictly inside a square around each object's centre, on all levels."
     objects = objects.to(preds.points)
     b = objects.boxes[:,None]
-    reach = radius*torch.tensor(preds.level_strides, device=b.device, dtype=b.dtype)[None,:,None]
+    reach = radius*preds.levels(b.dtype)[1][None,:,None]
     centre = (b[...,:2]+b[...,2:])/2
     lo, hi = centre-reach, centre+reach
     if clip: lo, hi = torch.maximum(lo, b[...,:2]), torch.minimum(hi, b[...,2:])
@@ -426,7 +468,8 @@ def nearest_pairs(
     "The k locations of every level nearest to each object's centre (all of them on levels with fewer), inside the box or not."
     objects, dev = objects.to(preds.points), preds.device
     centres = ((objects.boxes[:,:2]+objects.boxes[:,2:])/2).double()       # exact, so that equal distances are equal
-    cells = nearest_cells(centres, torch.tensor(preds.level_strides, device=dev, dtype=torch.double), preds.offset, torch.tensor(preds.level_sizes, device=dev), k)
+    sizes, steps, _ = preds.levels(centres.dtype)
+    cells = nearest_cells(centres, steps, preds.offset, sizes, k)
     n, per_level = len(objects), [min(k, h*w) for h,w in preds.level_sizes]
     loc = torch.cat([cells[:,l,:m]+start for l,(m,start) in enumerate(zip(per_level, preds.level_starts))], 1)
     obj = torch.arange(n, device=dev)[:,None].expand_as(loc).reshape(-1)
@@ -567,10 +610,10 @@ def last_of_class(self:Pairs,
 )->Tensor: # (E,) bool
     "False where a later object of the same image and class also covers the location (it overwrites, as in released code)."
     if self.loc.device.type=='cpu' and loops_on():
-        o, keep, first = self.objects, torch.empty(len(self), dtype=torch.bool), torch.zeros(len(self.objects)+1, dtype=torch.long)
-        key = o.image*(o.labels.max()+1) + o.labels if len(o) else o.labels
-        torch.cumsum(self.lengths, 0, out=first[1:])
-        _keep_last(*(x.contiguous().numpy() for x in (self.loc, first, key, key.sort(stable=True)[1], torch.empty(self.n_locations, dtype=torch.int32), keep)))
+        image, label, lengths = (x.numpy() for x in (self.objects.image, self.objects.labels, self.lengths))
+        key = image*(label.max()+1) + label if len(label) else label
+        keep = torch.empty(len(self), dtype=torch.bool)
+        _keep_last(self.loc.contiguous().numpy(), np.concatenate([[0], np.cumsum(lengths)]), key, key.argsort(kind='stable'), np.empty(self.n_locations, np.int32), keep.numpy())
         return keep
     if (slots := self._class_slots()) is None: return torch.ones(len(self), dtype=torch.bool, device=self.loc.device)
     start, n, alone = slots
@@ -606,18 +649,24 @@ def put(x, at, out):
 
 LISTS = 'f4[:,:,::1],f4[:,::1],i8[::1],i8[::1],f4[:,::1],i8[::1],i8,i8,i8' # types of the arguments that `image_jobs` gives
 
+def _loop_lists(pairs):
+    "What a loop reads of the pairs, and how they are cut: (first pair, first object, end) of whole images with 4,096 pairs or more, or of the rest."
+    o = pairs.objects
+    starts, image, cuts = np.concatenate([[0], np.cumsum(pairs.lengths.numpy())]).tolist(), o.image.numpy(), [0]
+    for end in [*(np.flatnonzero(np.diff(image))+1).tolist(), len(image)]:
+        if starts[end]-starts[cuts[-1]] >= 1<<12 or cuts[-1] < end == len(image): cuts.append(end)
+    return [x.detach().contiguous().numpy() for x in (pairs.points, pairs.loc, pairs.lengths, o.boxes, o.image)], [(starts[a],a,b) for a,b in zip(cuts, cuts[1:])]
+
 def image_jobs(
     f,            # loop: (planes, points, loc, lengths, boxes, image, a, first, last, *more), of objects first ... last-1, whose pairs begin at a
     pairs:Pairs, planes:Tensor, # (B, C, P), for most the predicted distances, C = 4
     *more,        # tensors (shared memory) and numbers
 )->list: # jobs for `run_jobs`
-    "Calls of a loop over pairs, one for each run of objects of one image."
-    o, lengths = pairs.objects, pairs.lengths.numpy()
-    image = o.image.numpy()
-    cuts = [0, *(np.flatnonzero(np.diff(image))+1).tolist(), len(image)]
-    starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
-    lists = [x.detach().contiguous().numpy() for x in (planes, pairs.points, pairs.loc, pairs.lengths, o.boxes, o.image)]
-    return [(f, *lists, starts[a], a, b, *(x.numpy() if isinstance(x, Tensor) else x for x in more)) for a,b in zip(cuts, cuts[1:]) if b > a]
+    "Calls of a loop over pairs, cut between images: no two jobs share a location."
+    if '_for_loops' not in pairs.__dict__: pairs._for_loops = _loop_lists(pairs)
+    lists, cuts = pairs._for_loops
+    planes = planes.detach().contiguous().numpy(); more = [x.numpy() if isinstance(x, Tensor) else x for x in more]
+    return [(f, planes, *lists, *cut, *more) for cut in cuts]
 
 @number_loop(f'void({LISTS},f4[:,::1])')
 def _gather_loop(planes, points, loc, lengths, boxes, image, a, first, last, out):
@@ -722,8 +771,6 @@ def giou_slopes(
     return out
 
 # %% ../nbs/01_pairs.ipynb #c063
-_ZERO, _HALF, _ONE, _TWO, _EPS = (np.float32(x) for x in (0,.5,1,2,1e-7))
-
 @number_loop()
 def pick_sides(planes, points, at, image, s):
     "Predicted sides into rows 0-3 of `s`, the locations' x and y into 4 and 5."

@@ -1,13 +1,14 @@
 "The compiled loops of a CPU against the tensor operations that they stand for."
-import math, os, subprocess, sys
+import functools, math, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from ala_nb import geometry
+from ala_nb import geometry, losses
+from ala_nb.geometry import InputError
 from ala_nb.dw import class_terms
 from ala_nb.losses import ClassTable, dense_negative
 from ala_nb.methods import METHODS, available, build
-from ala_nb.pairs import Objects, Predictions, center_pairs, inside_pairs, nearest_pairs
+from ala_nb.pairs import Objects, Predictions, center_pairs, inside_pairs, nearest_pairs, rectangle_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(geometry.numba is None, reason='numba is not installed')
@@ -115,6 +116,72 @@ def test_class_terms_with_weights_left_out(given_):
         return [v.detach().double() for v in sums], [v.double() for v in torch.autograd.grad(2*sums[0]+3*sums[1]-sums[2], (x, y))]
     for a, b in zip(run(torch.float32), run(torch.float64)):
         for x, y in zip(a, b): torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+@pytest.mark.parametrize('images,classes,cells', [(1, 1, (70, 90)), (2, 3, (70, 90)), (3, 40, (20, 30)), (20, 5, (20, 30)), (1, 5, (0, 4)), (1, 300, (3, 3))])
+def test_however_the_dense_term_is_cut(images, classes, cells, monkeypatch):
+    g = torch.Generator().manual_seed(0); r = lambda c: [torch.randn(images, c, *hw, generator=g) for hw in (cells, (2, 3))]
+    cls, obj = r(classes), torch.cat([x.flatten(2) for x in r(1)], 2)[:, 0]
+    for last in (False, True):
+        maps = [x.to(memory_format=torch.channels_last) for x in cls] if last else cls
+        preds = Predictions.from_maps(maps, [x[:, :1].expand(-1, 4, -1, -1) for x in cls], strides=(8, 16))
+        value, grads, slope = dense_negative(preds, obj, .7, loop=False)
+        for job in (1 << 18, 64):
+            monkeypatch.setattr(losses, 'JOB', job)
+            a, b, c = dense_negative(preds, obj, .7)
+            torch.testing.assert_close(a, value, rtol=1e-5, atol=0)
+            for x, y in zip((*b, c), (*grads, slope)): torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+            assert torch.equal(c, dense_negative(preds, obj, .7)[2])
+
+edges = st.one_of(st.integers(-60, 300).map(lambda n: n/2), st.floats(-200, 400, width=32), st.sampled_from((-1e30, 1e30, 3e38)))
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(edges, edges, edges, edges), max_size=4), st.sampled_from((0., .5, .3)), st.booleans())
+def test_the_same_rectangles(boxes, offset, in_box):
+    preds = Predictions.from_maps([torch.zeros(1, 1, h, w) for h, w in SIZES], [torch.ones(1, 4, h, w) for h, w in SIZES], None, STRIDES, offset)
+    objects = Objects.from_targets([dict(boxes=torch.tensor(boxes, dtype=torch.float32).view(-1, 4), labels=torch.zeros(len(boxes)).long())])
+    make = inside_pairs if in_box else functools.partial(center_pairs, clip=False)
+    with pytest.MonkeyPatch.context() as m: m.setattr(geometry, 'numba', None); b = make(preds, objects)
+    a = make(preds, objects)
+    assert torch.equal(a.loc, b.loc) and torch.equal(a.obj, b.obj) and torch.equal(a.lengths, b.lengths) and a._per_level == b._per_level and torch.equal(a._level_counts, b._level_counts)
+
+def test_a_box_that_is_not_finite():
+    for bad in (math.nan, math.inf, -math.inf):
+        for k in range(4):
+            box = torch.tensor([[1., 2, 30, 40]]); box[0, k] = bad
+            with pytest.raises(InputError, match=r'targets\[1\]: a box that is not finite'): Objects.from_targets([dict(boxes=torch.ones(0, 4), labels=torch.ones(0).long()), dict(boxes=box, labels=torch.tensor([0]))])
+            lo = torch.tensor([[[1., 2], [1, 2], [1, 2]]]); hi = lo+30; (lo if k < 2 else hi)[..., k % 2] = bad
+            preds = Predictions.from_maps([torch.zeros(1, 1, h, w) for h, w in SIZES], [torch.ones(1, 4, h, w) for h, w in SIZES], None, STRIDES)
+            pairs = rectangle_pairs(preds, Objects(torch.ones(1, 4), torch.zeros(1).long(), torch.zeros(1).long(), 1), lo, hi)   # no place is written that is not there
+            assert len(pairs) <= preds.n_locations and (len(pairs) == 0 or not math.isnan(bad))
+
+def test_jobs_end_with_the_error_of_one_of_them():
+    before = torch.get_num_threads()
+    def fail(e): raise e
+    try:
+        for n in (1, 2, 3, geometry.LARGE_TEAM+1):
+            torch.set_num_threads(n)
+            assert geometry.run_jobs([(pow, 2, i) for i in range(40)]) == [2**i for i in range(40)]
+            for e in (InputError('no'), KeyboardInterrupt()):
+                for at in (0, 39):
+                    with pytest.raises(type(e)): geometry.run_jobs([(fail, e) if i == at else (pow, 2, i) for i in range(40)])
+    finally: torch.set_num_threads(before)
+
+TEAM = """import os, threading, torch
+from pathlib import Path
+from ala_nb import geometry
+torch.set_num_threads(2); torch.ones(1 << 20).mul_(2)
+there = {int(t.name) for t in (Path('/proc')/'self'/'task').iterdir()}   # torch's own threads among them
+def who(barrier=threading.Barrier(2)): barrier.wait(60); return threading.get_native_id()
+mine = {threading.get_native_id(), *geometry.run_jobs([(who,)]*2)}
+assert len(mine) == 2 and mine <= there
+if not (pid := os.fork()):                                               # the team stayed with the parent
+    assert geometry.run_jobs([(pow, 2, i) for i in range(9)]) == [2**i for i in range(9)]
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+print('fine')"""
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
+def test_jobs_in_the_team_of_torch_and_after_a_fork():
+    r = subprocess.run([sys.executable, '-c', TEAM], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert r.stdout.strip() == 'fine', r.stderr
 
 def test_bags_outside_their_boxes():
     maps, targets = batch(3, (4, 5)); planes = Predictions.from_maps(*maps[:2], strides=STRIDES)
