@@ -1172,7 +1172,7 @@ def main(
 # %% ../nbs/19_bench.ipynb #c077
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(worker() if sys.argv[1:] == ['--worker'] else main())   # not in the notebook, whose name is __main__ too
 
-# %% ../nbs/19_bench.ipynb #c089
+# %% ../nbs/19_bench.ipynb #c091
 @contextlib.contextmanager
 def silent():
     "Nothing on stderr, not even from C++ (the profiler talks)."

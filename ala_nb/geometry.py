@@ -171,7 +171,8 @@ def larger(a, b):
 
 # %% ../nbs/00_geometry.ipynb #c045
 _CALLED_BACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_PROCESS, LARGE_TEAM = os.getpid(), 16
+_PROCESS = os.getpid()
+LARGE_TEAM = 16 # threads; every call wakes all of a team, and each asks for Python's lock: with more of them that may take longer than a loop
 
 @functools.lru_cache(maxsize=None)
 def _in_team():

@@ -288,7 +288,7 @@ BLOCK = 3 << 16, 1 << 23 # logits a block of tensor operations, on a CPU (its do
 
 def _pieces(preds, cells):
     "Into how many jobs to cut a level of one image: enough for the threads of a large machine, each of a worthwhile size."
-    return max(min(16//preds.n_images, -(-preds.n_classes*cells//JOB)), 1)
+    return max(min(16//max(preds.n_images,1), -(-preds.n_classes*cells//JOB)), 1)
 
 def _dense_jobs(blocks, preds, obj, scale, grads, slopes):
     "`dense_negative` on a CPU as calls of the compiled loops: (function, arguments); slopes (G, B, P) are zeros, one row for each of at most G groups of classes."

@@ -36,12 +36,12 @@ class Objects:
             if t['boxes'].ndim != 2 and t['boxes'].numel() or t['boxes'].numel() != 4*len(t['labels']):
                 raise InputError(f"targets[{i}]: boxes {tuple(t['boxes'].shape)} and labels {tuple(t['labels'].shape)} do not fit; "
                                  "give boxes (G, 4) and labels (G,)")
-            if torch.as_tensor(t['boxes']).device.type == 'cpu' and not torch.as_tensor(t['boxes']).isfinite().all():     # elsewhere it would have to wait for the device
-                raise InputError(f"targets[{i}]: a box that is not finite; leave it out, or mend it")
         boxes = torch.cat([torch.as_tensor(t['boxes']).reshape(-1,4) for t in targets]).as_subclass(Tensor)
         labels = torch.cat([torch.as_tensor(t['labels']).reshape(-1) for t in targets]).long()
         counts = torch.tensor([len(t['labels']) for t in targets])
         image = torch.repeat_interleave(counts).to(boxes.device)      # counted on the host: no synchronisation
+        if boxes.device.type == 'cpu' and not boxes.isfinite().all(): # elsewhere one would have to wait for the device
+            raise InputError(f"targets[{image[~boxes.isfinite().all(1)][0].item()}]: a box that is not finite; leave it out, or mend it")
         return cls(boxes if boxes.is_floating_point() else boxes.float(), labels, image, len(targets))
 
     def __len__(self): return len(self.boxes)
