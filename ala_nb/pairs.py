@@ -41,7 +41,8 @@ class Objects:
         counts = torch.tensor([len(t['labels']) for t in targets])
         image = torch.repeat_interleave(counts).to(boxes.device)      # counted on the host: no synchronisation
         if boxes.device.type == 'cpu' and not boxes.isfinite().all(): # elsewhere one would have to wait for the device
-            raise InputError(f"targets[{image[~boxes.isfinite().all(1)][0].item()}]: a box that is not finite; leave it out, or mend it")
+            n = int((~boxes.isfinite().all(1)).int().argmax()); i = int(image[n])
+            raise InputError(f"targets[{i}]: box {n-int((image<i).sum())} is {boxes[n].tolist()}, not finite; correct or drop it")
         return cls(boxes if boxes.is_floating_point() else boxes.float(), labels, image, len(targets))
 
     def __len__(self): return len(self.boxes)
