@@ -187,7 +187,7 @@ def _in_team():
 def _pool(threads, process): return ThreadPoolExecutor(threads)           # a forked process has no threads of its parent: it makes its own
 
 def _in_threads(work, useful):
-    "Run `work` in this thread and, up to torch's number of threads, in others: at least in `useful` of them."
+    "Run `work` in this thread and in others, as many as torch has; more than `useful` of them would find nothing to do."
     n = torch.get_num_threads()
     if min(n, useful) < 2: work()
     elif n <= LARGE_TEAM and os.getpid() == _PROCESS and _in_team(): _in_team()(_CALLED_BACK(work), None, n, 0)   # all of them, also for two jobs: OpenMP ends the threads that a smaller team leaves over
