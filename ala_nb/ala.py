@@ -22,8 +22,8 @@ from .ps3 import select_samples, soft_label
 
 # %% ../nbs/14_ala.ipynb #c007
 def positive_degree(
-    hard:Tensor, # (E,) bool
-    soft:Tensor, # (E,) bool
+    hard:Tensor, # (E,) bool, or 0 and 1
+    soft:Tensor, # (E,) bool, or 0 and 1
     xi:Tensor,   # (E,) 0 ... 1
 )->Tensor: # (E,) 0 ... 1: 1 hard, ξ soft, 0 low
     "To what degree a pair is positive."
@@ -144,22 +144,23 @@ def assign(self:ALA, preds, objects, progress):
     table, maps = ClassTable(preds, pairs), self.maps(preds)
     log_s = self._in_chunks(preds, pairs, table.logits, maps)
     with torch.no_grad(): hard, soft, xi = self.select(pairs, log_s.exp(), progress)
+    hard, soft = hard.to(xi), soft.to(xi)                          # once: lists of 0 and 1 that graph and weights share
     n = normalizer(torch.tensor(float(len(objects)), device=preds.device, dtype=preds.dtype))
     form = self._working if self.variant=='working' else self._paper
     losses = form(preds, pairs, table, maps, log_s, hard, soft, xi, n)
     if self.property == 'centerness':
-        ctr, h = centerness(pairs.targets), hard.to(log_s)
+        ctr, h = centerness(pairs.targets), hard
         bce = F.binary_cross_entropy_with_logits(pairs.third(preds), ctr, reduction='none')
         losses['loss_centerness'] = mean_over_set(pairs, bce, h)/n
     pos = positive_degree(hard, soft, xi)
-    w = dict(pos=pos, neg=1-pos, hard=hard.to(xi), soft=soft.to(xi), quality=log_s.detach().exp())
+    w = dict(pos=pos, neg=1-pos, hard=hard, soft=soft, quality=log_s.detach().exp())
     if maps is not None: w['foreground'] = maps[:,0].detach().reshape(-1)[pairs.cell]
     return Assignment(losses, pairs, w)
 
 # %% ../nbs/14_ala.ipynb #c019
 @patch
 def _working(self:ALA, preds, pairs, table, maps, log_s, hard, soft, xi, n):
-    h, s, zero = hard.to(log_s), soft.to(log_s), log_s.sum()*0
+    h, s, zero = hard, soft, log_s.sum()*0
     losses = dict(loss_hard=mean_over_set(pairs, -log_s, h)/n if 'H' in self.use else zero, loss_soft=mean_over_set(pairs, -xi*log_s, s)/n if 'S' in self.use else zero)
     everywhere, cost = self._costs(preds, pairs, table, maps, .75/n)
     unsure = (mean_over_set(pairs, (1-xi)*cost, s) if self.inner=='mean' else (s*(1-xi)*cost).sum()) if 'S' in self.use else zero     # what Eq. 9 says of soft ones
@@ -200,7 +201,7 @@ def _background(self:ALA, preds, pairs):
 # %% ../nbs/14_ala.ipynb #c021
 @patch
 def _paper(self:ALA, preds, pairs, table, maps, log_s, hard, soft, xi, n):
-    h, s, zero = hard.to(log_s), soft.to(log_s), log_s.sum()*0
+    h, s, zero = hard, soft, log_s.sum()*0
     low, p = 1-h-s, log_s.exp()
     log_not = torch.log1p(-p.clamp(max=1-1e-6))
     losses = dict(loss_hard=-(h*log_s).sum()/n if 'H' in self.use else zero, loss_soft=-(s*(xi*log_s+(1-xi)*log_not)).sum()/n if 'S' in self.use else zero)
