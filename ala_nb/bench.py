@@ -26,7 +26,7 @@ from torch import Tensor
 from .geometry import InputError, level_sizes, grid_points, boxes_to_distances, distance_iou, distance_giou, distances_to_boxes, centerness
 from .pairs import Predictions, Objects, inside_pairs, nearest_pairs, np_cumsum
 from .losses import normalizer, focal_negative
-from .methods import METHODS, HeadSpec, available, build, choice
+from .methods import METHODS, HeadSpec, available, build, choice, method_class
 from .detector import BACKBONES, Detector, detections
 from .ciou_atss import CLS_LOSSES, anchor_iou, assign_adaptive
 from .ipb import property_scores, blur, to_locations
@@ -487,7 +487,7 @@ def method_loss(
 ):
     "Forward and backward of a method's loss, from maps to the maps' gradients."
     try: method = build(name, batch.n_classes).to(batch.device)
-    except ImportError as e: raise Unavailable(f'{name} cannot be imported ({e})') from e
+    except InputError as e: raise Unavailable(f'{name} cannot be imported ({e})') from e
     leaves = batch.leaves(method.head) + list(method.parameters())
     def run():
         preds, objects = batch.predictions(method.head), Objects.from_targets(batch.targets)
@@ -1109,8 +1109,8 @@ def pick_methods(
     out = []
     for n in names or [*available(), 'atss assign']:
         if whole and n.endswith(' assign'): continue
-        try: importlib.import_module('ala_nb.'+METHODS[n.split()[0]].split('.')[0]); out.append(n)
-        except ImportError as e: say(f'{n}: left out, it cannot be imported ({e})')
+        try: method_class(n.split()[0]); out.append(n)
+        except InputError as e: say(f'{n}: left out, it cannot be imported ({e})')
     return out
 
 def cases_of(

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from .geometry import InputError, distances_to_boxes
 from .pairs import Objects, Predictions
-from .methods import METHODS, Assignment, HeadSpec, Method, available, build, choice, nearest
+from .methods import Assignment, HeadSpec, Method, build, choice, method_class, method_name, method_options, nearest
 
 # %% ../nbs/05_detector.ipynb #c007
 NORMS = 'batch', 'frozen', 'group'
@@ -581,21 +581,18 @@ def make_method(
             f"num_classes: {k}, but the method was built for {method.num_classes}; give both the same")
         if options: raise InputError("method_options: they belong to a method given by name, and this one is built already")
         return method
-    if method in available() and 'in_channels' not in options:
-        module, cls = METHODS[method].split('.')
-        known = inspect.signature(getattr(importlib.import_module(f'ala_nb.{module}'), cls)).parameters
-        if 'in_channels' in known: options['in_channels'] = c['channels']
+    if 'in_channels' not in options and 'in_channels' in method_options(method_class(method)): options['in_channels'] = c['channels']
     return build(method, k, **{o: as_tuple(v) for o,v in options.items()})
 
 def method_config(
     method:Method,
 )->dict: # 'method', 'method_options'
-    "Name and options of a built method, if it remembers what it was built with (`method.options`)."
-    at = f"{type(method).__module__.rsplit('.',1)[-1]}.{type(method).__name__}"
-    name, options = next((n for n,a in METHODS.items() if a == at), None), getattr(method, 'options', None)
-    if name is None or options is None: raise InputError(
-        f"method: {type(method).__name__} was given ready-made and cannot be written down; give the detector its name and method_options")
-    return dict(method=name, method_options=dict(options))
+    "Name or address of a built method and the options that it was built with; `InputError` if they cannot be written down."
+    name = method_name(type(method))
+    try: options = json.loads(json.dumps(method.options))
+    except (TypeError, ValueError) as e: raise InputError(
+        f"method: the options of {type(method).__name__} cannot be written down as JSON ({e}); give it numbers, words, lists and dicts") from e
+    return dict(method=name, method_options=options)
 
 # %% ../nbs/05_detector.ipynb #c070
 INFERENCE = 'score_threshold', 'nms_threshold', 'topk', 'max_detections' # what `detect` can change from call to call
@@ -603,7 +600,7 @@ INFERENCE = 'score_threshold', 'nms_threshold', 'topk', 'max_detections' # what 
 class Detector(nn.Module):
     "Backbone, pyramid, head and a label assignment method; torchvision's detection convention, labels from 0."
     def __init__(self,
-        method='ala',            # a method's name, or a built `Method`
+        method='ala',            # a method's name, 'package.module:Class', or a built `Method`
         backbone:str='resnet50', # 'tiny', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnext101_64x4d', 'resnext101_32x8d'
         num_classes:int=80,      # K; labels are 0 ... K-1
         weights:str='none',      # 'none', 'imagenet', or the path of a weights file
@@ -707,7 +704,7 @@ def save_weights(
     path = Path(path)
     state = {k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
     try: header = dict(detector=json.dumps(model.config), classes=json.dumps(model.classes))
-    except (InputError, TypeError): header = {}                          # a ready-made method: the weights alone
+    except (InputError, TypeError): header = {}                          # a method that cannot be written down: the weights alone
     fd, part = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     os.close(fd)
     try:
@@ -752,6 +749,7 @@ def load_detector(
     run_or_config,     # a run's folder, a config.json, a .safetensors file, or a configuration (dict)
     checkpoint='best', # 'best', 'last' or the path of a .safetensors file
     device='cpu',
+    method=None,       # 'package.module:Class' or name in place of the configured one, where the class has moved; its options stay
 )->Detector: # in evaluation mode, `.classes` the names of the classes
     "A trained detector."
     if isinstance(run_or_config, dict):
@@ -761,6 +759,7 @@ def load_detector(
         if folder.suffix=='.safetensors': checkpoint = folder
         elif not folder.is_dir(): folder = folder.parent
     file = folder/f'{checkpoint}.safetensors' if checkpoint in ('best','last') else Path(checkpoint)
+    if method is not None: config = {**config, 'method': method}
     model = Detector(**{**config, 'weights': 'none'})                     # the file brings them; norm and stages stand in the configuration
     with _reading(file): state = load_file(file)
     ours = model.state_dict()

@@ -439,6 +439,7 @@ def add_inference(p, batch_size=8):
     "The options that `evaluate` and `predict` share."
     g = p.add_argument_group('detections')
     g.add_argument('--checkpoint', choices=('best','last'), default='best', help='which weights of the run [best]')
+    g.add_argument('--method', metavar='NAME', help="where the run's method is found now, if its class has moved: package.module:Class [the run's]")
     g.add_argument('--nms', action=argparse.BooleanOptionalAction, default=None,
         help="with or without non-maximum suppression [the method's own]")
     g.add_argument('--nms_threshold', type=_share, metavar='IOU', help="boxes of a class that overlap more are thinned out [the run's]")
@@ -503,6 +504,7 @@ def evaluate_run(
     data_options=None,   # dict; None: the run's, if `data` is the run's
     size=None, max_size=None, # px; None: the run's
     checkpoint:str='best',    # or 'last'
+    method=None,              # name or 'package.module:Class'; None: the run's
     device:str='auto', batch_size:int=8, workers:int=0,
     metrics=('coco',), backend:str='faster', max_dets=(1,10,100), # see `compute_metrics`
     progress:bool=False,
@@ -518,7 +520,7 @@ def evaluate_run(
     if all(a.get('iscrowd') for a in truth['annotations']):
         raise InputError(f'{ds.name}: split {split} holds no object to find, so there is nothing to evaluate')
     device = pick_device(device)
-    results = predict_dataset(load_detector(run, checkpoint), ds, eval_transforms(*run_sizes(config, size, max_size)), batch_size, workers,
+    results = predict_dataset(load_detector(run, checkpoint, method=method), ds, eval_transforms(*run_sizes(config, size, max_size)), batch_size, workers,
         device, progress, ids, **how)
     found = compute_metrics(truth, results, metrics, backend, max_dets)
     if progress: print(ds.summary())                                            # also how many boxes it had to drop

@@ -229,6 +229,7 @@ def predict_files(
     score_threshold:float=.3, # detections below it are neither drawn nor written
     size=None, max_size=None, # px; None: the run's
     checkpoint:str='best', device:str='auto', batch_size:int=8,
+    method=None,     # name or 'package.module:Class'; None: the run's
     annotations=None,     # COCO JSON of a data set whose ids the results shall have
     pictures:bool=True,   # False: the JSON alone
     overwrite:bool=False, skip_unreadable:bool=False, progress:bool=False,
@@ -240,7 +241,7 @@ def predict_files(
     config = run_config(run); classes = config['classes']
     names = picture_names(files) if pictures else [None]*len(files)
     check_out(out, [n for n in names if n]+['predictions.json'], files, overwrite)
-    model = load_detector(run, checkpoint).to(pick_device(device))
+    model = load_detector(run, checkpoint, method=method).to(pick_device(device))
     readable = check_inputs(files, skip_unreadable)
     kept = set(readable); names = [n for f,n in zip(files, names) if f in kept]
     ids, categories = data_set_ids(annotations, readable, classes) if annotations else (range(1,len(readable)+1), range(1,len(classes)+1))

@@ -57,7 +57,7 @@ class Config:
     group:bool          = knob(True, 'batch images of like aspect ratio')
     workers:int         = knob(0, 'processes that load images; 0 loads in the training process', lo=0, hi=1024, live=True)
     #: Detector
-    method:str          = knob('fcos', 'label assignment: fcos, atss, ciou_atss, autoassign, dw, poto, o2f, ala')
+    method:str          = knob('fcos', 'label assignment: fcos, atss, ciou_atss, autoassign, dw, poto, o2f, ala, or a class of your own, package.module:Class')
     method_options:dict = knob(dict, 'options of the method, key=value (variant=paper K=7)')
     backbone:str        = knob('tiny', 'tiny, resnet18, resnet34, resnet50, resnet101, resnext101_64x4d, resnext101_32x8d')
     weights:str         = knob('none', "'none', 'imagenet' or a file of weights to start from")
@@ -473,7 +473,7 @@ def new_folder(c:Config) -> Path:
         path = Path(c.out)
         if is_run(path): raise InputError(f'{path} already holds a run: go on with --resume {path}, or choose another --out')
     else:
-        name = f'{Path(c.data).resolve().name}-{c.method}'
+        name = f"{Path(c.data).resolve().name}-{c.method.split(':')[-1]}"    # a colon does not stand in every file name
         path = next(p for i in itertools.count(1) if not is_run(p := Path('runs')/(name if i == 1 else f'{name}-{i}')))
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK): raise InputError(f'--out {path}: cannot write in {there}')

@@ -84,7 +84,7 @@ def test_every_name_runs_or_says_why():
     assert torch.equal(B.make_run('atss assign', b)(), B.make_run('dense atss assign', b)())
 
 def test_a_method_that_cannot_be_imported_is_left_out(monkeypatch):
-    monkeypatch.setitem(B.METHODS, 'dw', 'no_such_module.DW')
+    monkeypatch.setitem(B.METHODS, 'dw', 'no_such_module:DW')
     said = []
     assert B.pick_methods(['fcos', 'dw'], say=said.append) == ['fcos'] and 'dw: left out' in said[0]
     with pytest.raises(B.Unavailable, match='dw cannot be imported'): B.method_loss('dw', B.coco_like(1, 1, (64, 64), 3))

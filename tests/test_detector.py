@@ -390,9 +390,9 @@ def test_built_method():
     assert Detector(method, 'tiny', 3).method is method
     with pytest.raises(InputError, match='num_classes'): Detector(method, 'tiny', 4)
     with pytest.raises(InputError, match='method_options'): Detector(method, 'tiny', 3, method_options=dict(a=1))
-    with pytest.raises(InputError, match='ready-made'): Detector(method, 'tiny', 3).config
-    with_options = build('fcos', 3, reg_loss='iou'); with_options.options = dict(reg_loss='iou')
-    assert Detector(with_options, 'tiny', 3).config == Detector('fcos', 'tiny', 3, method_options=dict(reg_loss='iou')).config
+    class Local(Toy): pass
+    with pytest.raises(InputError, match='cannot be written down'): Detector(Local(3), 'tiny', 3).config
+    assert Detector(build('fcos', 3, reg_loss='iou'), 'tiny', 3).config == Detector('fcos', 'tiny', 3, method_options=dict(reg_loss='iou')).config
 
 @pytest.mark.parametrize('options', [
     {}, dict(backbone='resnet18', norm='frozen', trainable_layers=2, p6_from='c5', channels=32),
