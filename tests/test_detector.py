@@ -51,11 +51,72 @@ def test_resnext_shapes(name):
     with torch.device('meta'): keys = set(reference(weights=None).state_dict())
     assert set(model.body.state_dict()) == {k for k in keys if not k.startswith('fc.')}
 
+class Own(nn.Module):
+    "A backbone as a user writes one; its options in `options`, so that a detector with it can be written down."
+    stages = ('stem',), ('a',), ('b',), ('c',), ('d',)
+    def __init__(self, width:int=8):
+        super().__init__()
+        self.options, self.widths = dict(width=width), (width,)*4
+        self.stem = nn.Conv2d(3, width, 3, 2, 1)
+        for n in 'abcd': setattr(self, n, nn.Sequential(nn.Conv2d(width, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU()))
+    def forward(self, x):
+        x, out = self.stem(x), []
+        for n in 'abcd': out.append(x := getattr(self, n)(x))
+        return out
+
+@pytest.mark.parametrize('name,options', [('resnet18', dict(deformable=(3, 4, 5))), ('resnet50', dict(style='caffe', deformable=[5])), ('swin_t', dict(drop_path=.5)),
+                                          ('convnext_tiny', {}), ('test_detector:Own', dict(width=4))])
+def test_backbones_with_options_train_detect_and_come_back(name, options, tmp_path):
+    torch.manual_seed(0)
+    model = Detector('fcos', name, 3, channels=16, head_convs=1, backbone_options=options)
+    sum(model([torch.rand(3, 64, 64)]*2, [target((4, 4, 40, 50, 1)), target()]).values()).backward()
+    dead = [n for n, p in model.body.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
+    assert not dead
+    again = load_detector(save_weights(model.eval(), tmp_path/'m.safetensors'))
+    x = [torch.rand(3, 64, 80)]
+    assert again.config == model.config and torch.equal(again.predict_maps(x)[0].cls_logits, model.predict_maps(x)[0].cls_logits)
+
+def test_own_backbone_given_ready_made():
+    model = Detector('fcos', Own(4), 3, channels=16, head_convs=1, trainable_layers=3, norm='eval')
+    assert model.config['backbone'].endswith('test_detector:Own') and model.config['backbone_options'] == dict(width=4)
+    again = Detector(**model.config)
+    assert set(again.state_dict()) == set(model.state_dict())
+    assert {n.split('.')[1] for n, p in again.body.named_parameters() if p.requires_grad} == set('bcd')
+    assert not any(m.training for m in again.train().body.modules() if isinstance(m, nn.BatchNorm2d))
+    unnamed = Own(4); del unnamed.options
+    with pytest.raises(InputError, match='ready-made'): Detector('fcos', unnamed, 3, channels=16).config
+
+@pytest.mark.parametrize('options,words', [(dict(backbone='nowhere:Net'), 'no module'), (dict(backbone='subprocess:Popen'), 'no subclass'),
+    (dict(backbone='resnet50', backbone_options=dict(deformable=(1,))), 'from 2 to 5'), (dict(backbone='resnet50', backbone_options=dict(deform=(3,))), "'deformable'"),
+    (dict(backbone='swin_t', backbone_options=dict(drop_path=2)), 'drop_path'), (dict(backbone='tiny', backbone_options=[1]), 'backbone_options'),
+    (dict(backbone='swin_t', norm='batch'), 'norm'), (dict(backbone='resnet18', norm='own'), 'norm'), (dict(backbone='resnet50', backbone_options=dict(norm='batch')), "`norm`")])
+def test_bad_backbones_are_refused_in_a_line(options, words):
+    with pytest.raises(InputError, match=words) as e: Detector('fcos', num_classes=3, **options)
+    assert '\n' not in str(e.value)
+
+def test_timm_backbone():
+    pytest.importorskip('timm')
+    model = Detector('fcos', 'timm:resnet10t', 3, channels=16, head_convs=1, norm='eval')
+    sum(model([torch.rand(3, 70, 64)], [target((4, 4, 40, 50, 1))]).values()).backward()
+    assert model.body.widths == (64, 128, 256, 512) and Detector(**model.config).config == model.config
+    for name, words in (('timm:resnet10tt', 'resnet10t'), ('timm:vit_tiny_patch16_224', 'strides')):
+        with pytest.raises(InputError, match=words): Detector('fcos', name, 3)
+
+def test_blue_green_red():
+    torch.manual_seed(0)
+    a = Detector('fcos', 'tiny', 3, mean=(.1, .2, .3), std=(1., 2., 3.)).eval()
+    b = Detector('fcos', 'tiny', 3, mean=(.1, .2, .3), std=(1., 2., 3.), bgr=True).eval()
+    b.load_state_dict(a.state_dict())
+    with torch.no_grad():
+        b.body.stage0[0][0].weight.copy_(a.body.stage0[0][0].weight.flip(1))
+        x = [torch.rand(3, 64, 64)]
+        torch.testing.assert_close(a.predict_maps(x)[0].cls_logits, b.predict_maps(x)[0].cls_logits)
+
 @pytest.mark.parametrize('norm', D.NORMS)
 @pytest.mark.parametrize('name', ['tiny', 'resnet18'])
 def test_norms_and_frozen_stages(name, norm):
     model = Detector(Toy(), name, 3, channels=16, head_convs=1, norm=norm, trainable_layers=2)
-    kind = dict(batch=nn.BatchNorm2d, frozen=torchvision.ops.FrozenBatchNorm2d, group=nn.GroupNorm)[norm]
+    kind = dict(batch=nn.BatchNorm2d, frozen=torchvision.ops.FrozenBatchNorm2d, eval=D.EvalBatchNorm, group=nn.GroupNorm)[norm]
     assert any(isinstance(m, kind) for m in model.body.modules())
     first = [p for n in model.body.frozen for p in getattr(model.body, n).parameters()]
     assert first and not any(p.requires_grad for p in first)
