@@ -24,7 +24,7 @@ setup(
                  f'Natural Language :: {cfg["language"]}', 'Topic :: Scientific/Engineering :: Image Recognition',
                  *[f'Programming Language :: Python :: {v}' for v in pythons]],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']),
-    package_data={cfg['lib_path']: ['py.typed']},
+    package_data={cfg['lib_path']: ['py.typed', 'shipped/*']},
     python_requires='>='+cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     extras_require={'notebooks': cfg['notebooks_requirements'].split(), 'dev': cfg['dev_requirements'].split()},

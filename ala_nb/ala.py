@@ -6,7 +6,7 @@
 __all__ = ['positive_degree', 'mean_over_set', 'ALA']
 
 # %% ../nbs/14_ala.ipynb #c002
-import copy, math
+import copy, math, re
 import torch
 from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
@@ -155,7 +155,37 @@ def assign(self:ALA, preds, objects, progress):
     pos = positive_degree(hard, soft, xi)
     w = dict(pos=pos, neg=1-pos, hard=hard, soft=soft, quality=log_s.detach().exp())
     if maps is not None: w['foreground'] = maps[:,0].detach().reshape(-1)[pairs.cell]
-    return Assignment(losses, pairs, w)
+    return Assignment(losses, pairs, w, lambda: self.explain(preds, pairs, table.logits, maps, progress))
+
+@patch
+def explain(self:ALA, preds, pairs, logits, maps, progress):
+    "Factors, formulas and constants behind the weights."
+    overlap, name = (distance_giou, 'giou') if self.loc=='exp_giou' else (distance_iou, 'iou')
+    factors, parts, formula = {}, [], {}
+    if self.parts != 'weight':
+        factors.update(score=logits.sigmoid(), **{name: overlap(pairs.distances(preds), pairs.targets)}); parts.append('confidence')
+        formula['loc'] = dict(printed=f'exp(-{name}**alpha)', power=f'{name}**alpha').get(self.loc, f'exp(-lam*(1 - {name})**alpha)')
+        formula['confidence'] = 'score**beta*loc**(1 - beta)' if self.confidence=='mul' else 'beta*score + (1 - beta)*loc'
+    if self.parts != 'confidence':
+        factors['prior'] = self.prior(pairs, preds.pooled).exp(); parts.append('prior')
+        if maps is not None: factors['foreground'] = maps[:,0].reshape(-1)[pairs.cell]; parts.append('foreground')
+    formula['quality'] = '*'.join(parts)
+    formula.update(self.rule)
+    xi = 'fade*to_best(quality)' if self.xi is None else 'fade + 0*quality'
+    fade = .5*(1 + math.cos(math.pi*progress)) if self.xi is None else self.xi
+    constants = dict(alpha=self.alpha, beta=self.beta, lam=self.lam, width=self.width, share=self.threshold, fade=fade)
+    formula.update(xi=xi, pos='hard + soft*xi', neg='1 - pos')
+    used = ' '.join(formula.values())
+    return factors, formula, {k: float(v) for k,v in constants.items() if re.search(rf'\b{k}\b(?!\()', used)}
+
+@patch(as_prop=True)
+def rule(self:ALA)->dict:
+    "Formulas of the hard and the soft set (PS³)."
+    if self.one_to_one: return dict(hard='rank(quality) < 1', soft='0*quality')
+    if self.threshold is None: return dict(hard='quality >= -inf', soft='0*quality')
+    upper = 'mean(quality) + width*std(quality)' if self.threshold == 'statistics' else 'share*best(quality)'
+    return dict(threshold=f'{upper} - 1e-5*mean(quality)', lower='mean(quality) - width*std(quality) - 1e-5*mean(quality)',
+                hard='(quality >= threshold)' + ' | (quality >= best(quality))'*self.at_least_one, soft='(quality >= lower) & (1 - hard)')
 
 # %% ../nbs/14_ala.ipynb #c019
 @patch

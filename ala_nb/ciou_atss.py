@@ -141,7 +141,15 @@ class ATSS(Method):
         losses = dict(loss_cls=cls, loss_reg=self.box_weight*(quality*box).sum()/n_box)
         if third in ('centerness','iou'):
             losses['loss_branch'] = (pos*F.binary_cross_entropy_with_logits(branch, quality, reduction='none')).sum()/n
-        return Assignment(losses, pairs, dict(pos=pos, neg=1-pos, target=target, quality=quality, overlap=overlap))
+        return Assignment(losses, pairs, dict(pos=pos, neg=1-pos, target=target, quality=quality, overlap=overlap),
+                          lambda: self.explain(pairs, dist, progress))
+
+    def explain(self, pairs, distances, progress):
+        "Factors, formulas and constants behind the weights."
+        factors = dict(anchor_iou=anchor_iou(pairs, self.anchor_scale, self.legacy), inside=pairs.targets.amin(-1), centerness=centerness(pairs.targets))
+        return factors, dict(overlap='anchor_iou', threshold='mean(overlap) + std(overlap, 1)', **self.rule, target='pos', quality='centerness*pos'), dict(margin=.01)
+
+    rule = dict(pos='wins(where((overlap >= threshold) & (inside > margin), overlap, -inf))', neg='1 - pos')
 
 # %% ../nbs/07_ciou_atss.ipynb #c034
 def weight_at(
@@ -187,6 +195,15 @@ class CombinedIoU(ATSS):
         ious = [weight_at(self.anchor_weight, progress)*anchor, weight_at(self.pred_weight, progress)*pred]
         quality = centerness(pairs.targets) if self.head.third=='centerness' else pred
         return assign_adaptive(pairs, ious), torch.ones_like(pred) if self.cls_loss=='focal' else pred, quality, sum(ious)
+
+    def explain(self, pairs, distances, progress):
+        "Factors, formulas and constants behind the weights."
+        factors, _, constants = super().explain(pairs, distances, progress)
+        factors['iou'] = predicted_iou(distances, pairs.targets, self.legacy)
+        a, p = 'anchor_weight*anchor_iou', 'pred_weight*iou'
+        formula = dict(overlap=f'{a} + {p}', threshold=f'mean({a}) + std({a}, 1) + mean({p}) + std({p}, 1)', **self.rule,
+                       target='pos' if self.cls_loss=='focal' else 'iou*pos', quality='centerness*pos' if self.head.third=='centerness' else 'iou*pos')
+        return factors, formula, dict(constants, anchor_weight=weight_at(self.anchor_weight, progress), pred_weight=weight_at(self.pred_weight, progress))
 
     def combine(self, cls_scores, location_scores=None):
         "√(class · branch), 0 where the class alone is at most 0.05."

@@ -62,12 +62,15 @@ class FCOS(Method):
         self.centre_sampling, self.ranges, self.reg_loss = centre_sampling, ranges, reg_loss
         self.score_power = .5 if third_branch=='centerness' else 1.
 
-    def _pairs(self, preds, objects):
+    def limits(self, preds):
         limits = default_ranges(preds.level_strides) if self.ranges is None else list(self.ranges)
         if len(limits) != len(preds.level_sizes)-1: raise InputError(
             f"ranges: {len(limits)} limits for {len(preds.level_sizes)} levels; give one less than there are levels")
+        return limits
+
+    def _pairs(self, preds, objects):
         pairs = inside_pairs(preds, objects) if self.centre_sampling is None else center_pairs(preds, objects, self.centre_sampling)
-        return pairs, assign_static(pairs, limits).to(preds.dtype)
+        return pairs, assign_static(pairs, self.limits(preds)).to(preds.dtype)
 
     def assign(self, preds, objects, progress):
         pairs, pos = self._pairs(preds, objects)
@@ -82,4 +85,12 @@ class FCOS(Method):
         losses['loss_reg'] = (box*ctr).sum()/normalizer(ctr.sum(), 1e-6)
         if third=='centerness':
             losses['loss_centerness'] = (F.binary_cross_entropy_with_logits(pairs.third(preds), ctr, reduction='none')*pos).sum()/n
-        return Assignment(losses, pairs, dict(pos=pos, neg=1-pos, quality=ctr))
+        return Assignment(losses, pairs, dict(pos=pos, neg=1-pos, quality=ctr), lambda: self.explain(preds, pairs))
+
+    def explain(self, preds, pairs):
+        "Factors, formulas and constants behind the weights."
+        l,t,r,b = pairs.targets.unbind(-1); limits = self.limits(preds)
+        of_level = lambda limits: pairs.targets.new_tensor(limits)[pairs.level]
+        factors = dict(reach=pairs.targets.amax(-1), low=of_level([0, *limits]), high=of_level([*limits, torch.inf]), area=(l+r)*(t+b),
+                       centerness=centerness(pairs.targets))
+        return factors, dict(fits='(reach >= low) & (reach <= high)', pos='wins(where(fits, -area, -inf))', neg='1 - pos', quality='centerness*pos'), {}

@@ -63,6 +63,7 @@ class Assignment:
     losses:dict  # str -> 0-dim tensor; their sum is what is minimised
     pairs:Pairs  # the candidate pairs
     weights:dict = dataclasses.field(default_factory=dict) # str -> (E,): 'pos' and 'neg', how much a pair is one; 'quality', ...
+    why:object = None # called without arguments when somebody asks: factors, formulas and constants behind the weights
 
     @property
     def total(self)->Tensor:
@@ -77,6 +78,16 @@ class Assignment:
         out = w.new_zeros(p.n_locations, n)
         out[p.loc[mine], p.obj[mine]-first] = w
         return out
+
+    @functools.cached_property
+    def _why(self):
+        if self.why is None: return {}, {}, {}
+        with torch.no_grad(): factors, formula, constants = self.why()
+        return {k: v.detach() for k,v in factors.items()}, formula, constants
+
+    factors = property(lambda self: self._why[0], doc="What decided: str -> (E,), 'score', 'iou', 'prior' ...")
+    formula = property(lambda self: self._why[1], doc="How the factors make each weight: str -> expression, in the order of computing.")
+    constants = property(lambda self: self._why[2], doc="Numbers in the formulas, by the paper's symbol: str -> float.")
 
 # %% ../nbs/03_methods.ipynb #b30bd45
 def given_options(

@@ -69,13 +69,16 @@ class POTO(Method):
         for name,x,high in (('alpha',alpha,1), ('radius',radius,1e3), ('box_weight',box_weight,1e3)): in_range(name, x, 0, high)
         self.alpha, self.radius, self.box_weight, self.use_objectness = alpha, radius, box_weight, use_objectness
 
+    def factors(self, preds, pairs)->dict:
+        "Score and IoU (E,) of pairs, without gradient."
+        with torch.no_grad():
+            score = joint_score(ClassTable(preds, pairs).logits, pairs.third(preds) if self.use_objectness else None)
+            return dict(score=score, iou=distance_iou(pairs.distances(preds), pairs.targets))
+
     def match(self, preds, objects)->Pairs:
         "One pair an object."
-        cand = center_pairs(preds, objects, self.radius)
-        with torch.no_grad():
-            score = joint_score(ClassTable(preds, cand).logits, cand.third(preds) if self.use_objectness else None)
-            quality = matching_score(score, distance_iou(cand.distances(preds), cand.targets), self.alpha)
-        loc, obj = match_one_to_one(cand, quality)
+        cand = center_pairs(preds, objects, self.radius); f = self.factors(preds, cand)
+        loc, obj = match_one_to_one(cand, matching_score(f['score'], f['iou'], self.alpha))
         return Pairs(loc, obj, torch.bincount(obj, minlength=len(objects)), preds, objects)
 
     def assign(self, preds, objects, progress):
@@ -84,7 +87,8 @@ class POTO(Method):
         obj, obj_at = (preds.obj_logits, pairs.third(preds)) if self.use_objectness else (None, None)
         cls = table.negatives(obj, .75/n) + (joint_positive(table.logits, obj_at) - .75*joint_negative(table.logits, obj_at)).sum()/n
         giou = distance_giou(pairs.distances(preds), pairs.targets)
-        return Assignment(dict(loss_cls=cls, loss_reg=self.box_weight*(1-giou).sum()/n), pairs, dict(pos=torch.ones_like(pairs.stride), neg=torch.zeros_like(pairs.stride)))
+        return Assignment(dict(loss_cls=cls, loss_reg=self.box_weight*(1-giou).sum()/n), pairs, dict(pos=torch.ones_like(pairs.stride), neg=torch.zeros_like(pairs.stride)),
+                          lambda: (self.factors(preds, pairs), dict(quality='score**(1 - alpha)*iou**alpha', pos='match(quality)', neg='1 - pos'), dict(alpha=self.alpha)))
 
 # %% ../nbs/10_o2f.ipynb #c013
 def certain_and_ambiguous(
@@ -143,7 +147,7 @@ class OneToFew(Method):
         "Certain, ambiguous and t, each (E,) as numbers; all without gradient."
         s = matching_score(scores, iou, self.alpha, self.match)
         certain, ambiguous = certain_and_ambiguous(pairs, s, iou>0, self.k)
-        t = soft_degree(pairs, scores, ambiguous, progress, self.t_max, self.t_min) if self.t is None else self.t*ambiguous
+        t = soft_degree(pairs, scores, ambiguous, progress, self.t_max, self.t_min) if self.t is None else self.t*ambiguous.to(s)
         return certain.to(s), ambiguous.to(s), t.to(s)
 
     def assign(self, preds, objects, progress):
@@ -163,4 +167,14 @@ class OneToFew(Method):
             ctr = centerness(pairs.targets)*chosen
             losses = dict(loss_cls=sure+soft+neg, loss_reg=2*(box*ctr).sum()/(normalizer(ctr.sum(), 0.)+1.1920929e-7))
         else: losses = dict(loss_certain=sure, loss_soft=soft, loss_neg=neg, loss_reg=box.sum())
-        return Assignment(losses, pairs, dict(pos=certain+t, neg=1-certain-t, certain=certain, ambiguous=ambiguous, t=t))
+        return Assignment(losses, pairs, dict(pos=certain+t, neg=1-certain-t, certain=certain, ambiguous=ambiguous, t=t),
+                          lambda: self.explain(joint_score(table.logits, obj), distance_iou(dist, pairs.targets), progress))
+
+    def explain(self, score, iou, progress):
+        "Factors, formulas and constants behind the weights."
+        formula = dict(quality='score**(1 - alpha)*iou**alpha' if self.match=='multiply' else '(1 - alpha)*score + alpha*iou',
+            ranked='where(iou > 0, quality, -inf)', mine='wins(where((rank(ranked) < K) & (iou > 0), ranked, -inf))',
+            certain='mine & (rank(where(mine, ranked, -inf)) < 1)', ambiguous='mine & (1 - certain)',
+            t='T*to_best(score*ambiguous)' if self.t is None else 'T*ambiguous', pos='certain + t', neg='1 - pos')
+        T = self.t_max + (self.t_min-self.t_max)*progress if self.t is None else self.t
+        return dict(score=score, iou=iou), formula, dict(alpha=self.alpha, K=float(self.k), T=T)

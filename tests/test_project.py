@@ -15,7 +15,7 @@ def code_cells(path): return [(''.join(c['source']), c['outputs']) for c in note
 def flags(src): return {line.split('|', 1)[1].split()[0].rstrip(':') for line in src.splitlines() if re.match(r'#\s*\|\s*\w', line)}
 def is_export(src): return bool(flags(src) & {'export', 'exports', 'exporti'})
 def exports_module(path): return any('default_exp' in flags(src) for src, _ in code_cells(path))
-def number(path): return int(m[1]) if (m := re.match(r'(\d+)_', path.stem)) else None
+def number(path): return m[1] if (m := re.match(r'(\d\d[a-z]?)_', path.stem)) else None   # '03' < '03b' < '04'
 
 def clean_env(**extra):
     "The environment without what would change how a child process imports or exports."
@@ -30,7 +30,7 @@ def python(code, cwd, **extra):
 def copy_project(to):
     "The files that a clone has, without what tools leave in the working tree."
     ignore = shutil.ignore_patterns('.git', '.venv*', 'venv', 'env', 'build', 'dist', 'runs', 'out', '*.egg-info', '__pycache__',
-                                    '.ipynb_checkpoints', '.pytest_cache', '.hypothesis', '*.npz')
+                                    '.ipynb_checkpoints', '.pytest_cache', '.hypothesis', 'golden')
     shutil.copytree(ROOT, to, ignore=ignore)
     return to
 
@@ -257,6 +257,7 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_every_module(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f'ala_nb/{m}.py' for m in MODULES} | {'ala_nb/__init__.py', 'ala_nb/_modidx.py', 'ala_nb/py.typed'} <= names
+    assert {f'ala_nb/shipped/{p.name}' for p in (LIB/'shipped').iterdir()} <= names
     assert all(n.startswith(('ala_nb/', 'ala_nb-')) for n in names) and any(n.endswith('LICENSE') for n in names)
 
 def test_wheel_metadata(wheel):
