@@ -48,18 +48,22 @@ def ascending(limits)->bool:
 
 class FCOS(Method):
     "FCOS: centre sampling, level ranges, smallest box first; centre-ness branch."
+    variants = 'paper', 'mmdet', 'torchvision'
     def __init__(self,
         num_classes:int,            # K
         centre_sampling=1.5,        # half side of the centre square in strides, clipped to the box; None: the whole box
         ranges=None,                # upper limits of all levels but the last, px; None: 8 strides of each (64, 128, 256, 512)
         reg_loss:str='giou',        # 'giou' or 'iou' (-log IoU)
         third_branch='centerness',  # 'centerness', 'objectness' (ImpObj, AutoAssign's Table 5) or None
+        variant:str='paper',        # 'mmdet': with mmdetection's ε in the divisors; 'torchvision': boxes not weighted by centre-ness
     ):
+        choice('variant', variant, self.variants)
         choice('reg_loss', reg_loss, ('giou','iou')); choice('third_branch', third_branch, ('centerness','objectness',None))
         super().__init__(num_classes, HeadSpec(cls_prior=.01, third=third_branch, box_activation='exp'))
         if centre_sampling is not None: in_range('centre_sampling', centre_sampling, 0, 1e3, 'None or a number')
         if ranges is not None and not ascending(ranges): raise InputError(f"ranges: {ranges!r} does not work; give ascending limits in px such as (64, 128), one less than there are levels")
-        self.centre_sampling, self.ranges, self.reg_loss = centre_sampling, ranges, reg_loss
+        self.centre_sampling, self.ranges, self.reg_loss, self.variant = centre_sampling, ranges, reg_loss, variant
+        self.eps = 2.**-23 if variant == 'mmdet' else 0.     # float32's, which mmdetection adds to divisors
         self.score_power = .5 if third_branch=='centerness' else 1.
 
     def limits(self, preds):
@@ -74,7 +78,7 @@ class FCOS(Method):
 
     def assign(self, preds, objects, progress):
         pairs, pos = self._pairs(preds, objects)
-        table, third, n = ClassTable(preds, pairs), self.head.third, normalizer(pos.sum())
+        table, third, n = ClassTable(preds, pairs), self.head.third, normalizer(pos.sum()) + self.eps
         obj = preds.obj_logits if third=='objectness' else None
         obj_at = None if obj is None else pairs.third(preds)
         at_pairs = joint_positive(table.logits, obj_at) - .75*joint_negative(table.logits, obj_at)
@@ -82,7 +86,8 @@ class FCOS(Method):
         ctr = centerness(pairs.targets)*pos
         pred = pairs.distances(preds)
         box = 1-distance_giou(pred, pairs.targets) if self.reg_loss=='giou' else -distance_iou(pred, pairs.targets).clamp(min=1e-6).log()
-        losses['loss_reg'] = (box*ctr).sum()/normalizer(ctr.sum(), 1e-6)
+        weight, n_box = (pos, n) if self.variant == 'torchvision' else (ctr, normalizer(ctr.sum(), 1e-6) + self.eps)
+        losses['loss_reg'] = (box*weight).sum()/n_box
         if third=='centerness':
             losses['loss_centerness'] = (F.binary_cross_entropy_with_logits(pairs.third(preds), ctr, reduction='none')*pos).sum()/n
         return Assignment(losses, pairs, dict(pos=pos, neg=1-pos, quality=ctr), lambda: self.explain(preds, pairs))

@@ -24,8 +24,13 @@ class HeadSpec:
     offset:float = .5            # where in its cell a location lies, in strides: 0.5 the center, 0 the corner
     cls_prior:float = .01        # score of every class before training, 0 ... 1
     box_bias:float = 0.          # initial bias of the distance convolution, before the activation
-    box_activation:str = 'exp'   # 'exp' or 'relu' of (level scale * convolution), times stride
+    box_activation:str = 'exp'   # 'exp', 'relu' of (level scale * convolution), times stride; 'exp_px': in px; 'anchor': box deltas
+    anchor_scale:float = 8.      # 'anchor': side of the anchors, strides
+    level_scales:bool = True     # is there a learned scale a level? Else it is 1
+    tower_bias:bool = True       # have the convolutions of the towers a bias?
+    deform_last:bool = False     # is the last convolution of each tower a deformable one?
     third:Optional[str] = None   # 'objectness', 'centerness', 'iou' or None
+    third_on:str = 'box'         # the tower that it stands on: 'box' or 'cls'
     third_convs:int = 0          # extra 3x3 convolutions before the third branch
     third_channels:int = 64      # their channels
     property_branch:bool = False # ALA's foreground / background map (its Eq. 1)
@@ -33,7 +38,7 @@ class HeadSpec:
     refine:Optional[str] = None  # box refinement: 'deform', 'bilinear' or None (DW, Eqs. 9-10)
 
     def __post_init__(self):
-        choice('box_activation', self.box_activation, ('exp','relu'))
+        choice('box_activation', self.box_activation, ('exp','relu','exp_px','anchor')); choice('third_on', self.third_on, ('box','cls'))
         choice('third', self.third, (None,'objectness','centerness','iou'))
         choice('refine', self.refine, (None,'deform','bilinear'))
         if isinstance(n := self.third_convs, bool) or not isinstance(n, int) or n < 0:
