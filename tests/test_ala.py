@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from ala_nb.geometry import InputError, distance_iou, level_sizes
 from ala_nb.ipb import blur, gaussian_taps, map_iou, property_scores, to_locations
-from ala_nb.losses import joint_negative
+from ala_nb.losses import focal_negative
 from ala_nb.methods import build
 from ala_nb.opm import CenterPrior, log_center_weight, log_confidence, log_loc_likelihood
 from ala_nb.pairs import Objects, Predictions, inside_pairs
@@ -95,7 +95,7 @@ def naive_working(m, preds, objects, progress):
             hard_loss = hard_loss - s[hard].log().mean()
             if soft.any(): soft_loss = soft_loss - (xi*s.log())[soft].mean()
             positive[at, label] = torch.maximum(positive[at, label], hard.to(xi)+soft*xi)
-        neg = neg + .75*((1-positive)*joint_negative(preds.cls_logits[i])).sum()
+        neg = neg + .75*((1-positive)*focal_negative(preds.cls_logits[i])).sum()
         n0 = preds.level_starts[1]; fg = preds.property_logits[i].softmax(0)[0].flatten()
         prop = prop - .75*(fg**2*(1-fg).log())[outside[:n0]].sum()
     n = max(len(objects), 1)

@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from ala_nb.geometry import InputError, grid_points
 from ala_nb.geometry import level_sizes as sizes_of
 from ala_nb.methods import build
-from ala_nb.pairs import Objects, Predictions
+from ala_nb.pairs import Objects, Predictions, inside_pairs
 from conftest import golden_case, load_golden
 from golden_util import case_inputs, compare, golden_cases
 
@@ -167,7 +167,7 @@ def test_extreme_logits_and_sigma():
 def test_batched_equals_one_by_one():
     "Sums over images times their divisors: objects, summed prior, images."
     preds, targets, _ = batch(5, (4, 0, 7), 3); m = method_with_prior(3)
-    prior = lambda p, t: m.bag_sums(p, *_pairs_and_table(p, t), p.obj_logits)[2].sum()
+    def prior(p, t): q = inside_pairs(p, Objects.from_targets(t)); return q.gaussian(m.mu[q.objects.labels], m.sigma[q.objects.labels]).sum()
     whole, n, mass = m(preds, Objects.from_targets(targets)), sum(len(t['labels']) for t in targets), prior(preds, targets)
     pos = neg = cen = 0; weights = []
     for i, t in enumerate(targets):
@@ -177,12 +177,6 @@ def test_batched_equals_one_by_one():
     assert torch.allclose(whole.losses['loss_pos'], pos/n, rtol=1e-12) and torch.allclose(whole.losses['loss_neg'], neg/mass, rtol=1e-12)
     assert torch.allclose(whole.losses['loss_center'], cen/3, rtol=1e-12)
     for k in whole.weights: assert torch.allclose(torch.cat([w[k] for w in weights]), whole.weights[k], rtol=0, atol=1e-12)
-
-def _pairs_and_table(preds, targets):
-    from ala_nb.losses import ClassTable
-    from ala_nb.pairs import inside_pairs
-    pairs = inside_pairs(preds, Objects.from_targets(targets))
-    return pairs, ClassTable(preds, pairs).logits
 
 def test_order_and_empty_images():
     preds, targets, _ = batch(6, (3, 6), 12); m = method_with_prior(12)

@@ -212,11 +212,11 @@ def test_which_loss_teaches_what(name, options):
 
 # ---- a network that has broken down
 
-@pytest.mark.parametrize('part', ('cls_blocks', '_planes'))
+@pytest.mark.parametrize('part', ('cls_blocks', '_distances'))
 @each
 def test_nan_is_never_a_number(name, options, part):
     b, m = draw(4), made(name, options)
     preds = b.predictions(m.head)
     with torch.no_grad():
-        for x in (preds.cls_blocks if part == 'cls_blocks' else [preds._planes]): x.fill_(torch.nan)
+        for x in (preds.cls_blocks if part == 'cls_blocks' else [preds._distances]): x.fill_(torch.nan)
     assert not m(preds, Objects.from_targets(b.targets), .5).total.isfinite()
