@@ -6,15 +6,14 @@
 __all__ = ['positive_degree', 'mean_over_set', 'ALA']
 
 # %% ../nbs/14_ala.ipynb #c002
-import copy, math, re
+import math, re
 import torch
-from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
 import torch.nn.functional as F
 from torch import Tensor
 from .geometry import InputError, distance_iou, distance_giou, centerness
 from .pairs import chunk_size, Predictions, Objects, Pairs, inside_pairs
-from .losses import ClassTable, joint_negative, focal_negative, log_not_joint, normalizer
+from .losses import ClassTable, focal_negative, log_not_joint, normalizer
 from .methods import Method, HeadSpec, Assignment, choice, in_range
 from .ipb import gaussian_taps, property_scores, blur, to_locations
 from .opm import LOC_READINGS, CenterPrior, log_loc_likelihood, log_confidence
@@ -130,19 +129,10 @@ def select(self:ALA, pairs, quality, progress):
 
 # %% ../nbs/14_ala.ipynb #c017
 @patch
-def _in_chunks(self:ALA, preds, pairs, logits, maps):
-    "`quality` of all pairs."
-    def part(at, sub):
-        sub = copy.copy(sub)                                      # what it caches goes with it
-        return self.quality(preds, sub, logits[at], sub.distances(preds), maps)
-    chunks = [(at, sub) for _,at,sub in pairs.chunks(self.chunk)]
-    return part(*chunks[0]) if len(chunks) == 1 else torch.cat([checkpoint(part, *c, use_reentrant=False) for c in chunks])
-
-@patch
 def assign(self:ALA, preds, objects, progress):
     pairs = inside_pairs(preds, objects)
     table, maps = ClassTable(preds, pairs), self.maps(preds)
-    log_s = self._in_chunks(preds, pairs, table.logits, maps)
+    log_s, = pairs.in_chunks(lambda at, sub: (self.quality(preds, sub, table.logits[at], sub.distances(preds), maps),), self.chunk)
     with torch.no_grad(): hard, soft, xi = self.select(pairs, log_s.exp(), progress)
     hard, soft = hard.to(xi), soft.to(xi)                          # once: lists of 0 and 1 that graph and weights share
     n = normalizer(torch.tensor(float(len(objects)), device=preds.device, dtype=preds.dtype))
@@ -212,10 +202,10 @@ def _costs(self:ALA, preds, pairs, table, maps, scale):
     "What a negative costs: scale · its sum over all locations and classes (a function), and each pair's own (E,)."
     joint = preds.obj_logits if self.property == 'impobj' else None
     if self.negatives == 'joint' and maps is not None: joint = maps[:,0].clamp(1e-6, 1-1e-6).logit()
-    cost = joint_negative(table.logits, None if joint is None else joint.reshape(-1).index_select(0, pairs.cell))
+    cost = focal_negative(table.logits, None if joint is None else joint.reshape(-1).index_select(0, pairs.cell))
     if self.negatives != 'weight' or maps is None: return lambda: table.negatives(joint, scale), cost
     trust = maps[:,1].detach()                                    # a weight for each location is not in the fused term: dense, slow, for experiments
-    everywhere = lambda: scale*(trust[...,None]*joint_negative(preds.cls_logits, None if joint is None else joint[...,None])).sum()
+    everywhere = lambda: scale*(trust[...,None]*focal_negative(preds.cls_logits, None if joint is None else joint[...,None])).sum()
     return everywhere, cost*trust.reshape(-1).index_select(0, pairs.cell)
 
 @patch
@@ -241,7 +231,7 @@ def _paper(self:ALA, preds, pairs, table, maps, log_s, hard, soft, xi, n):
     minus = None if maps is None or self.parts == 'confidence' else maps[:,1].clamp(1e-6,1-1e-6).logit()
     at = None if minus is None else minus.reshape(-1).index_select(0, pairs.cell)
     mine = pairs.best_of_class(torch.zeros_like(log_s)).to(log_s)
-    if self.parts != 'weight': outside = table.negatives(minus, .75/n) - .75*(mine*joint_negative(table.logits, at)).sum()/n
+    if self.parts != 'weight': outside = table.negatives(minus, .75/n) - .75*(mine*focal_negative(table.logits, at)).sum()/n
     elif minus is None: outside = zero
     else: outside = .75*(self.num_classes*focal_negative(minus).sum() - (mine*focal_negative(at)).sum())/n
     losses['loss_neg'] = outside + inner

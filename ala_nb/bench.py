@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .geometry import InputError, level_sizes, grid_points, boxes_to_distances, distance_iou, distance_giou, distances_to_boxes, centerness
-from .pairs import Predictions, Objects, inside_pairs, nearest_pairs, np_cumsum
+from .pairs import Predictions, Objects, inside_pairs, nearest_pairs, starts
 from .losses import normalizer, focal_negative
 from .methods import METHODS, HeadSpec, available, build, choice, method_class
 from .detector import BACKBONES, Detector, detections
@@ -120,7 +120,7 @@ def draw_batch(
     cell = (pairs.image*classes + pairs.labels)*P + loc
     cls.view(-1)[cell] = cls.view(-1)[cell] + sure
     third.view(-1)[at+loc] = third.view(-1)[at+loc] + (sure-2.5)
-    cut = np_cumsum([h*w for h,w in sizes])
+    cut = starts([h*w for h,w in sizes])
     leaf = lambda x: x.to(device).requires_grad_()
     maps = lambda x: [leaf(x[:,:,a:b].reshape(B,-1,*s).contiguous()) for a,b,s in zip(cut, cut[1:], sizes)]
     return Batch(maps(cls), maps(dist), maps(third), leaf(randn(B,2,*sizes[0])), leaf(randn(B,len(sizes),256)*.1),
@@ -505,7 +505,7 @@ def atss_assign(batch:Batch, dense:bool=False):
             pairs = nearest_pairs(preds, objects, 9)
             pos = assign_adaptive(pairs, [anchor_iou(pairs)]).nonzero().flatten()
             return none.index_copy(0, pairs.cell.index_select(0, pos), pairs.obj.index_select(0, pos)).view(batch.n_images, -1)
-        owners, first = [], np_cumsum(batch.counts)
+        owners, first = [], starts(batch.counts)
         for a,d in zip(first, dense_images(preds, objects)):
             p = dense_atss_positives(preds, d, [distance_iou(4*d.strides[...,None].expand(-1,1,4), d.targets)])
             owners.append(torch.where(p.any(1), p.float().argmax(1)+a, -1) if d.n else none[:len(p)])

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from .geometry import InputError, distance_iou, distance_overlap, centerness
 from .pairs import Predictions, Objects, Pairs, nearest_pairs
-from .losses import (ClassTable, focal_positive, focal_negative, quality_focal, varifocal_positive,
-                           joint_positive, joint_negative, normalizer)
+from .losses import ClassTable, focal_positive, focal_negative, quality_focal, varifocal_positive, normalizer
 from .methods import Method, HeadSpec, Assignment, choice, in_range
 
 # %% ../nbs/07_ciou_atss.ipynb #c005
@@ -90,7 +89,7 @@ def joint_class_loss(
     n:Tensor,          # 0-dim divisor
 )->Tensor: # 0-dim
     "Focal loss of the product of class and objectness (AutoAssign's ImpObj)."
-    at_pairs = joint_positive(table.logits, obj_at) - .75*joint_negative(table.logits, obj_at)
+    at_pairs = focal_positive(table.logits, obj_at) - .75*focal_negative(table.logits, obj_at)
     return table.negatives(obj_logits, .75/n) + (pos*at_pairs).sum()/n
 
 # %% ../nbs/07_ciou_atss.ipynb #c031

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from .geometry import distance_iou, distance_giou, centerness, InputError
 from .pairs import Predictions, Objects, Pairs, center_pairs
-from .losses import ClassTable, joint_score, joint_positive, joint_negative, log_joint, log_not_joint, normalizer
+from .losses import ClassTable, joint_score, focal_positive, focal_negative, log_joint, log_not_joint, normalizer
 from .methods import Method, HeadSpec, Assignment, choice, in_range
 
 # %% ../nbs/10_o2f.ipynb #c005
@@ -85,7 +85,7 @@ class POTO(Method):
         pairs = self.match(preds, objects)
         table, n = ClassTable(preds, pairs), normalizer(torch.tensor(float(len(pairs)), device=preds.device, dtype=preds.dtype))
         obj, obj_at = (preds.obj_logits, pairs.third(preds)) if self.use_objectness else (None, None)
-        cls = table.negatives(obj, .75/n) + (joint_positive(table.logits, obj_at) - .75*joint_negative(table.logits, obj_at)).sum()/n
+        cls = table.negatives(obj, .75/n) + (focal_positive(table.logits, obj_at) - .75*focal_negative(table.logits, obj_at)).sum()/n
         giou = distance_giou(pairs.distances(preds), pairs.targets)
         return Assignment(dict(loss_cls=cls, loss_reg=self.box_weight*(1-giou).sum()/n), pairs, dict(pos=torch.ones_like(pairs.stride), neg=torch.zeros_like(pairs.stride)),
                           lambda: (self.factors(preds, pairs), dict(quality='score**(1 - alpha)*iou**alpha', pos='match(quality)', neg='1 - pos'), dict(alpha=self.alpha)))
@@ -162,7 +162,7 @@ class OneToFew(Method):
         n = normalizer(chosen.sum()) + 1.1920929e-7 if self.variant=='released' else chosen.new_ones(())
         sure = -(certain*log_p).sum()/n
         soft = -(ambiguous*(t*log_p + (1-t)*log_not)).sum()*self.ambiguous_weight/n
-        neg = table.negatives(preds.obj_logits, .75/n) - .75*(chosen*joint_negative(table.logits, obj)).sum()/n
+        neg = table.negatives(preds.obj_logits, .75/n) - .75*(chosen*focal_negative(table.logits, obj)).sum()/n
         if self.variant=='released':
             ctr = centerness(pairs.targets)*chosen
             losses = dict(loss_cls=sure+soft+neg, loss_reg=2*(box*ctr).sum()/(normalizer(ctr.sum(), 0.)+1.1920929e-7))

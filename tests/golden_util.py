@@ -1,4 +1,6 @@
 """Golden parity: inputs of tests/golden as Predictions and Objects, and the comparison of a method's losses and gradients."""
+import os
+from unittest import mock
 import numpy as np, torch
 from conftest import load_golden, golden_inputs, golden_case, probes
 from ala_nb.pairs import Predictions, Objects
@@ -22,9 +24,11 @@ def golden_cases(file):
     return [c for c in cases if not bool(g.get(f'{c}/tie_sensitive', False))]
 
 def compare(file, case, method, progress=0., dtype=torch.float64, names=None, as_maps=False, params=()):
-    """Losses (and gradients of their sum) of `method` on `case` against the golden file; returns the Assignment.
+    """Losses (and gradients of their sum) of `method` on `case` against the golden file; returns the Assignment. In float32 with the kernel, and without.
     `names`: golden loss name -> library's, where they differ. `params`: names of method parameters (mu, sigma) whose gradient is golden too."""
     g, double = golden_case(file, case), dtype == torch.float64
+    if not double and os.environ.get('ALA_KERNELS') != '0':
+        with mock.patch.dict(os.environ, ALA_KERNELS='0'): compare(file, case, method, progress, dtype, names, as_maps, params)
     preds, objects, leaves, z = case_inputs(case, dtype, as_maps)
     method = method.to(dtype)
     with torch.no_grad():
