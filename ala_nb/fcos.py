@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from .geometry import InputError, distance_iou, distance_giou, centerness
 from .pairs import Predictions, Objects, Pairs, center_pairs, inside_pairs
-from .losses import ClassTable, joint_positive, joint_negative, normalizer
+from .losses import ClassTable, focal_positive, focal_negative, normalizer
 from .methods import Method, HeadSpec, Assignment, choice, in_range
 
 # %% ../nbs/06_fcos.ipynb #c005
@@ -81,7 +81,7 @@ class FCOS(Method):
         table, third, n = ClassTable(preds, pairs), self.head.third, normalizer(pos.sum()) + self.eps
         obj = preds.obj_logits if third=='objectness' else None
         obj_at = None if obj is None else pairs.third(preds)
-        at_pairs = joint_positive(table.logits, obj_at) - .75*joint_negative(table.logits, obj_at)
+        at_pairs = focal_positive(table.logits, obj_at) - .75*focal_negative(table.logits, obj_at)
         losses = dict(loss_cls=table.negatives(obj, .75/n) + (pos*at_pairs).sum()/n)
         ctr = centerness(pairs.targets)*pos
         pred = pairs.distances(preds)
