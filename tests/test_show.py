@@ -236,7 +236,7 @@ def test_weights_are_those_of_the_assignment(pairs):
         fig = show.show_weights(out, preds, image, obj, picture=images[image])
         levels = sorted(set(level.tolist()))
         assert len(fig.axes) == 2*len(levels)+1 and [a.get_ylabel() for a in fig.axes[:-1:len(levels)]] == ['pos', 'neg']
-        d = discs(fig)[:len(levels)]
+        d = discs(fig)[:2*len(levels):2]                                         # every second: the rings follow the discs
         assert [len(c.get_offsets()) for c in d] == [int((level == l).sum()) for l in levels]
         for c, l in zip(d, levels): np.testing.assert_allclose(c.get_facecolors()[:, :3], show.weight_scale().to_rgba(w[level == l])[:, :3])
 
@@ -335,7 +335,7 @@ def test_level_maps_show_each_value_at_its_location():
     v = torch.rand(preds.n_locations)
     fig = show.level_maps(v, preds); png(fig)
     assert len(fig.axes) == len(preds.level_sizes)+1
-    scale = show.colormaps['inferno']
+    scale = show.SCALE
     for ax, (h, w), a, s in zip(fig.axes, preds.level_sizes, preds.level_starts, preds.level_strides):
         m = ax.images[-1]; x0, x1, y1, y0 = m.get_extent()
         assert m.get_array().shape == (h, w, 4) and np.isclose((x1-x0)/w, s) and np.isclose((y1-y0)/h, s)
