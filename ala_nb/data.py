@@ -11,13 +11,15 @@ __all__ = ['SHAPES', 'SHAPES_VERSION', 'Bits', 'on_shape', 'extreme_points', 'sh
            'voc_splits', 'read_xml', 'voc_object', 'read_voc_xml', 'voc_classes', 'read_voc', 'crowdhuman_splits',
            'crowdhuman_object', 'read_crowdhuman', 'recognise', 'check_images', 'need_objects', 'load_folder',
            'load_dataset', 'save_coco', 'ShortSide', 'Transforms', 'train_transforms', 'eval_transforms', 'item_seed',
-           'Items', 'BatchOrder', 'collate', 'Loader', 'make_loader']
+           'Items', 'BatchOrder', 'collate', 'Parcel', 'send', 'LoaderDied', 'Loader', 'make_loader']
 
 # %% ../nbs/04_data.ipynb #c002
-import difflib, functools, inspect, json, math, os, re, signal
+import difflib, functools, inspect, io, json, math, multiprocessing, os, pickle, re, signal, sys, threading
 import xml.etree.ElementTree as ET
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from multiprocessing.reduction import ForkingPickler
+from multiprocessing.util import Finalize
 from numbers import Integral, Real
 from pathlib import Path
 import numpy as np
@@ -829,8 +831,8 @@ class ShortSide(v2.Transform):
         super().__init__()
         self.sizes, self.max_size = [sizes] if isinstance(sizes,int) else list(sizes or ()), max_size
         if not self.sizes and (max_size is None or max_size<2): raise InputError(f'max_size: {max_size}; take 2 px or more, or give a size')
-        if self.sizes and (min(self.sizes)<1 or (max_size is not None and max_size<max(self.sizes))):
-            raise InputError(f'size: short side {self.sizes} px needs to be at least 1 and at most max_size {max_size}')
+        if self.sizes and (min(self.sizes)<2 or (max_size is not None and max_size<max(self.sizes))):
+            raise InputError(f'size: short side {self.sizes} px needs to be at least 2 and at most max_size {max_size}')
     def make_params(self, flat_inputs):
         h,w = v2.functional.get_size(next(x for x in flat_inputs if isinstance(x,(tv_tensors.Image, Image.Image))))
         r = 1
@@ -960,10 +962,72 @@ def collate(items):
     bad = next((x for x in items if isinstance(x, Exception)), None)
     return str(bad) if bad is not None else tuple(map(list, zip(*items)))
 
-def _quiet_worker(_): signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is for the main process, which then ends its workers
+# %% ../nbs/04_data.ipynb #c096b
+class _Pickler(pickle.Pickler):
+    "Tensors as NumPy arrays, whose bytes pickle can hand over apart."
+    def reducer_override(self, x): return (torch.from_numpy, (x.numpy(),)) if type(x) is Tensor else NotImplemented
 
+class Parcel:
+    "A batch as one block of bytes. Made by a loading process, opened by the training."
+    def __init__(self, batch, shared:bool=True): # shared: in shared memory, if there is room
+        buffers, head = [], io.BytesIO()
+        _Pickler(head, protocol=5, buffer_callback=buffers.append).dump(batch)
+        raw = [np.frombuffer(b.raw(), np.uint8) for b in buffers]
+        self.head, self.sizes = head.getvalue(), [len(r) for r in raw]
+        self.block = torch.empty(sum(-(-n//64)*64 for n in self.sizes), dtype=torch.uint8)
+        for room,r in zip(self.rooms(), raw): room[:] = r
+        if not shared: return
+        # Pickled here, where an error is seen, and not in the thread of a queue, whose reader would wait in vain.
+        try: self.block = bytes(ForkingPickler.dumps(self.block.share_memory_()))
+        except (RuntimeError, OSError): self.block = self.block.numpy()
+    def rooms(self):
+        "The part of the block for each buffer; they begin at multiples of 64 bytes."
+        starts = np.cumsum([0] + [-(-n//64)*64 for n in self.sizes[:-1]]) if self.sizes else []
+        block = self.block.numpy()
+        return [block[s:s+n] for s,n in zip(starts, self.sizes)]
+    def arrive(self)->'Parcel':
+        "The same with its block as a tensor."
+        if isinstance(self.block, bytes): self.block = ForkingPickler.loads(self.block)
+        elif isinstance(self.block, np.ndarray): self.block = torch.from_numpy(self.block)
+        return self
+    def pin_memory(self): self.arrive().block = self.block.pin_memory(); return self       # `DataLoader` calls it
+    def open(self): return pickle.loads(self.head, buffers=self.arrive().rooms())
+
+def send(items): return Parcel(collate(items))
+
+# %% ../nbs/04_data.ipynb #c096d
+class LoaderDied(OSError): "A process that loads images has ended, or could not begin."
+
+def _how(p)->str:
+    "What ended a process, and what helps."
+    number = -(p.exitcode or 0)
+    name = signal.Signals(number).name if number>0 else f'exit code {p.exitcode}'
+    why = {9:'most likely the machine ran out of memory; take fewer --workers or a smaller --batch_size',
+           7:'most likely /dev/shm is full; give the container more (docker run --shm-size=1g)'}.get(number, 'the reason is not known')
+    return f'a loading process ({p.pid}) was ended by {name}, {why}; --workers 0 loads without processes'
+
+def _leave_to_parent(_):
+    "Signals that ask for a stop go to a whole group of processes, and are for the main one, which then ends its workers."
+    for s in ('SIGINT','SIGTERM','SIGHUP','SIGUSR1'):
+        if hasattr(signal, s): signal.signal(getattr(signal, s), signal.SIG_IGN)
+    sys.excepthook = lambda *error: None       # of the thread that hands over batches, whose reader may stop in the middle
+
+def _end_processes(processes):
+    "Loading processes leave SIGTERM alone and have nothing to lose."
+    for p in processes: p.kill()
+
+@contextmanager
+def _keep_sigchld():
+    "torch's handler of SIGCHLD would raise an error in the middle of a training step; a `Loader` looks for dead processes itself."
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGCHLD'): yield; return
+    old = signal.getsignal(signal.SIGCHLD)
+    try: yield
+    finally: signal.signal(signal.SIGCHLD, old)
+
+# %% ../nbs/04_data.ipynb #c096e
 class Loader(DataLoader):
     "Batches of (images: list of float (3,H,W) 0 ... 1, targets: list of dicts); the order is that of `BatchOrder`."
+    processes = ()
     def set_epoch(self, epoch:int):
         "The epoch of the next iteration: another order, other random draws."
         self.batch_sampler.epoch = epoch
@@ -971,10 +1035,31 @@ class Loader(DataLoader):
         "Skip the first `batch` batches of the next iteration without loading them."
         self.batch_sampler.start = batch
     def __iter__(self):
-        for batch in super().__iter__():
+        for batch in self.received() if self.num_workers else super().__iter__():
             if isinstance(batch, str): raise InputError(batch)
             yield batch
+    def received(self):
+        "What the loading processes send. `LoaderDied` if one of them has ended: noticed within seconds, and only where it is waited for."
+        before = set(multiprocessing.active_children())
+        try:
+            with _keep_sigchld(): batches = super().__iter__()
+            if not self.processes: self.watch([p for p in multiprocessing.active_children() if p not in before])
+            for parcel in batches: yield parcel.open()
+        except (RuntimeError, OSError, EOFError, MemoryError, pickle.UnpicklingError) as e: raise self.blame(e) from e
+    def watch(self, processes):
+        "Remember the loading processes, and end them with this one."
+        self.processes = processes
+        Finalize(self, _end_processes, (processes,), exitpriority=10)       # before multiprocessing waits for them
+    def blame(self, e)->Exception:
+        "What is to be raised for an error on the way from the loading processes: `LoaderDied`, or the error itself where it is a mistake in a program."
+        for p in self.processes: p.join(.1)
+        dead = next((p for p in self.processes if not p.is_alive()), None)
+        if dead is not None: return LoaderDied(_how(dead))
+        if isinstance(e, RuntimeError) or isinstance(e, LoaderDied): return e
+        what = (str(e).strip().splitlines() or [type(e).__name__])[-1]
+        return LoaderDied(f'the processes that load images do not work ({what}); take fewer --workers or a smaller --batch_size, --workers 0 needs none')
 
+# %% ../nbs/04_data.ipynb #c096f
 def make_loader(
     ds:DetectionDataset, # images and boxes
     batch_size:int,      # images a batch (and process)
@@ -991,6 +1076,6 @@ def make_loader(
     if train: need_objects(ds)
     if workers: ds.prepare()
     order = BatchOrder(ds.sizes, batch_size, train, seed, group, drop_last, rank, world_size)
-    return Loader(Items(ds, transforms, seed, train), batch_sampler=order, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
+    return Loader(Items(ds, transforms, seed, train), batch_sampler=order, collate_fn=send if workers else collate, num_workers=workers, pin_memory=pin_memory,
                   # its own generator: none of the model's chance is used up
-                  persistent_workers=workers>0, worker_init_fn=_quiet_worker, generator=torch.Generator().manual_seed(0))
+                  persistent_workers=workers>0, worker_init_fn=_leave_to_parent, generator=torch.Generator().manual_seed(0))

@@ -683,6 +683,8 @@ def read_weights(
     for key in ('state_dict','model'): state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     state = {k.removeprefix('module.'): v for k,v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
     if not state: raise InputError(f"weights: {str(path)!r} holds no state dict; give a file of named tensors")
+    odd = next((k for k,v in state.items() if v.layout != torch.strided or v.device.type == 'meta' or v.is_complex()), None)
+    if odd: raise InputError(f"weights: {str(path)!r}: {odd} is sparse, complex or without values; save the file with ordinary tensors")
     for prefix in ('backbone.body.','backbone.'):                       # torchvision's and mmdet's detectors: only their backbone
         if any(k.startswith(prefix) for k in state): return {k.removeprefix(prefix): v for k,v in state.items() if k.startswith(prefix)}
     return state

@@ -180,6 +180,7 @@ def fails(args, code, *texts, capsys):
     (['--method_options','ranges=(24,48,96,200)'], ['ranges','3 levels']), (['--method_options','name=x'], ['name']),
     (['--method_options','num_classes=3'], ['num_classes']), (['--data_options','split=val'], ['split']),
     (['--size','480','--max_size','100','--scales','40','56'], ['480','max_size 100']),
+    (['--size','1'], ['size','2']), (['--lr','1e39'], ['lr','at most 1e+30']),
     (['--seed','9'*23], ['seed','below']), (['--threads','100000'], ['threads','1024']), (['--steps','1' + '0'*400], ['steps','below']),
     (['--epoch','3'], ['did you mean epochs']),
     (['--detector_options','weights=none'], ['weights']), (['--data_options','colour=7'], ['colour']),
@@ -388,7 +389,7 @@ def test_resume_from_every_kind_of_place(reference, monkeypatch):
     run_until(T.Interrupted, on_step=at(12, interrupt))                     # at an epoch's end
     assert T.load_state('run')['step'] == 12
     save = torch.save
-    def half(state, path): save(state, path); os.truncate(path, 1000); crash()
+    def half(state, f): save(state, f); f.truncate(1000); crash()
     monkeypatch.setattr(torch, 'save', half)
     run_until(RuntimeError)                                                # while the checkpoint is written
     monkeypatch.setattr(torch, 'save', save)
