@@ -296,6 +296,18 @@ def test_help(capsys):
     for f in dataclasses.fields(T.Config): assert f'--{f.name} ' in text and f.metadata['help'][:20] in ' '.join(text.split())
     for g in T.GROUPS.values(): assert f'\n{g}:' in text
 
+def test_help_needs_no_torch(tmp_path):
+    "Nothing heavy is imported for it, and it says the same."
+    code = "import runpy, sys; sys.argv = ['train', '--help']\ntry: runpy.run_module('ala_nb.train', run_name='__main__')\nfinally: print(*{m.split('.')[0] for m in sys.modules}, file=sys.stderr)"
+    r = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=environment(), text=True, capture_output=True)
+    assert not {'torch','torchvision','numpy','PIL','numba','scipy','matplotlib'} & set(r.stderr.split()) and 'argparse' in r.stderr
+    assert r.returncode == 0 and ' '.join(r.stdout.split()) == ' '.join(T.make_parser().format_help().split())
+
+def test_none_is_a_word_where_words_are_asked_for():
+    options = lambda method, *pairs: T.parse(['--method', method, '--method_options', *pairs])[0].method_options
+    assert options('ala', 'centre=none', 'loc=none', 'property=none')['centre'] == 'none'
+    assert options('ala', 'loc=none')['loc'] is None and options('fcos', 'centre_sampling=none')['centre_sampling'] is None
+
 def test_names_with_hyphens():
     a = T.parse(['--method','dw','--batch-size','4','--method-options','some_thing=a-b'])[0]
     b = T.parse(['--method=dw','--batch_size=4','--method_options','some_thing=a-b'])[0]
