@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['REFERENCE_FPPI', 'METRICS', 'match_detections', 'precision_recall', 'average_precision', 'coco_results',
            'evaluate_coco', 'coco_table', 'match_voc', 'evaluate_voc', 'miss_rate', 'jaccard_index',
-           'evaluate_crowdhuman', 'rescale_boxes', 'detecting', 'predict_dataset', 'run_config', 'match_classes',
-           'pick_device', 'write_json', 'compute_metrics', 'metrics_text', 'underscored', 'nobody_reads', 'exit_code',
-           'Parser', 'add_inference', 'parse_pair', 'make_parser', 'run_sizes', 'evaluate_run', 'main']
+           'evaluate_crowdhuman', 'rescale_boxes', 'detecting', 'predict_dataset', 'finite_outputs', 'source_results',
+           'run_config', 'match_classes', 'pick_device', 'compute_metrics', 'metrics_text', 'add_inference',
+           'make_parser', 'run_sizes', 'evaluate_run', 'main']
 
 # %% ../nbs/15_evaluate.ipynb #c002
-import argparse, ast, contextlib, importlib.util, io, itertools, json, os, sys, tempfile
+import argparse, contextlib, importlib.util, io, itertools, json, sys
 from collections import defaultdict
 from pathlib import Path
 import numpy as np
 import torch
 from .geometry import InputError
-from .data import eval_transforms, load_dataset, make_loader
+from .files import Parser, _line as _one_line, exit_code, nobody_reads, parse_pair, shown, underscored, write_json
+from .data import eval_transforms, load_dataset, make_loader, report
 from .detector import load_detector
 
 # %% ../nbs/15_evaluate.ipynb #c005
@@ -151,9 +152,9 @@ def coco_table(
              row('AR', [f'AR{c}' for c in counts] + ['ARs','ARm','ARl'])]
     if metrics['AP'] < 0: lines.append('no object to find in this ground truth: nothing is measured')
     if per_class and (rows := metrics.get('per_class')):
-        wide = max(map(len, ['class',*rows]))
+        wide = max(len(shown(n)) for n in ('class',*rows))
         lines += ['', f"{'class':{wide}}" + f"{'AP':>10}{'AP50':>10}"]
-        lines += [f'{n:{wide}}' + _cell(v['AP']) + _cell(v['AP50']) for n,v in rows.items()]
+        lines += [f'{shown(n):{wide}}' + _cell(v['AP']) + _cell(v['AP50']) for n,v in rows.items()]
     return '\n'.join(lines)
 
 # %% ../nbs/15_evaluate.ipynb #c040
@@ -230,8 +231,6 @@ def miss_rate(
     missed, fppi = 1 - np.cumsum(hits)/max(n_objects,1), np.cumsum(np.asarray(hits)==0)/n_images
     at = np.searchsorted(fppi, REFERENCE_FPPI).clip(max=len(fppi)-1)       # where the list ends first, its end
     with np.errstate(divide='ignore'): return float(np.exp(np.log(missed[at]).mean()))
-
-
 
 # %% ../nbs/15_evaluate.ipynb #c050
 def jaccard_index(
@@ -322,6 +321,30 @@ def predict_dataset(
     finally: model.train(training)
     return results
 
+# %% ../nbs/15_evaluate.ipynb #e002
+@contextlib.contextmanager
+def finite_outputs(model):
+    "Watch the head of a detector; an InputError at the end of the block if it ever said NaN or infinity."
+    bad, head = [], getattr(model, 'head', None)
+    def look(module, args, preds):
+        parts = [*preds.cls_blocks, preds.distances, preds.obj_logits]
+        bad.append(torch.stack([~x.isfinite().all() for x in parts if x is not None]).any())
+    hook = head.register_forward_hook(look) if isinstance(head, torch.nn.Module) else None
+    try: yield
+    finally: hook and hook.remove()
+    if bad and (n := int(torch.stack(bad).sum())):
+        raise InputError(f"the network's outputs are NaN or infinite in {n} of {len(bad)} batches, so objects were missed; take another --checkpoint, or --device cpu "
+                         "if that helps, and train again if both fail")
+
+def source_results(
+    ds,           # DetectionDataset
+    results:list, # COCO results with the ids of `ds`
+)->list: # the same with the ids of the user's file
+    "COCO results for the file that a data set was read from."
+    if ds.source_ids is None and ds.source_categories is None: return results
+    image = dict(zip(ds.ids, ds.source_ids or ds.ids)); kind = dict(zip(ds.category_ids, ds.source_categories or ds.category_ids))
+    return [dict(r, image_id=image[r['image_id']], category_id=kind.get(r['category_id'], r['category_id'])) for r in results]
+
 # %% ../nbs/15_evaluate.ipynb #c062
 def run_config(
     run, # run directory
@@ -344,11 +367,9 @@ def match_classes(
     "Which category of the data set each label of the run is, by name; a class that the data set lacks gets an id of its own."
     ids = dict(zip(ds.classes, ds.category_ids)); spare = itertools.count(max(ds.category_ids, default=0) + 1)
     if any(c not in classes for c,i in ids.items() if used is None or i in used):
-        raise InputError(f"the classes differ: the run has {', '.join(classes)}; {ds.name} ({ds.split}) has {', '.join(ds.classes)}; "
+        raise InputError(f"the classes differ: the run has {shown(', '.join(classes))}; {shown(ds.name)} ({shown(ds.split)}) has {shown(', '.join(ds.classes))}; "
                          "evaluate on a data set with the run's classes")
     return [ids[c] if c in ids else next(spare) for c in classes]
-
-def _one_line(e): return ' '.join(str(e).split())[:300] or type(e).__name__
 
 # %% ../nbs/15_evaluate.ipynb #c064
 def pick_device(
@@ -360,23 +381,6 @@ def pick_device(
     except Exception as e:
         raise InputError(f'--device {name} cannot be used here ({_one_line(e)[:120]}); --device cpu always can') from None
     return torch.device(name)
-
-# %% ../nbs/15_evaluate.ipynb #c066
-def write_json(
-    path,  # file; it is there whole or not at all
-    value, # anything that JSON can say
-):
-    "Write JSON under another name, then rename."
-    path = Path(path)
-    fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        with os.fdopen(fd, 'w', encoding='utf-8') as f: json.dump(value, f, allow_nan=False); f.write('\n')
-        os.chmod(tmp, 0o666 & ~_umask()); os.replace(tmp, path)
-    except BaseException: os.unlink(tmp); raise
-
-def _umask():
-    mask = os.umask(0); os.umask(mask)
-    return mask
 
 # %% ../nbs/15_evaluate.ipynb #c069
 METRICS = ('coco','voc','voc07','crowdhuman')
@@ -399,42 +403,13 @@ def metrics_text(
     if 'coco' in found: out.append(coco_table(found['coco']))
     for k,name in (('voc','VOC mAP (area)'), ('voc07','VOC mAP (11 points)')):
         if k in found:
-            out.append(f"{name}: {found[k]['mAP']:.3f}   " + ', '.join(f'{n} {_cell(v,0)}' for n,v in found[k]['per_class'].items()))
+            out.append(f"{name}: {found[k]['mAP']:.3f}   " + ', '.join(f'{shown(n)} {_cell(v,0)}' for n,v in found[k]['per_class'].items()))
     if 'crowdhuman' in found:
         out.append('CrowdHuman: '
             + ', '.join(f'{n} {found["crowdhuman"][k]:.3f}' for k,n in (('AP','AP'),('MR','MR^-2'),('recall','recall'),('JI','JI'))))
     return '\n\n'.join(out)
 
-# %% ../nbs/15_evaluate.ipynb #c071
-def underscored(argv):
-    "Arguments with hyphens in option names turned to underscores, but for that of `--no-`."
-    argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
-    name = lambda o: (start := '--no-' if o.startswith('--no-') else '--') + o[len(start):].replace('-','_')
-    return [name(a.partition('=')[0]) + a[len(a.partition('=')[0]):] if a.startswith('--') and len(a)>2 else a for a in argv]
-
-def nobody_reads()->int: # exit code
-    "Whoever read our output has gone (`| head`): what is left of it goes nowhere."
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141
-
-def exit_code(
-    work, # what the command does
-)->int: # 0, or 2 after bad input, 1 when the machine failed, 130 after Ctrl-C, 141 when nobody reads the output
-    "Run a command; errors that its reader can mend are one line on stderr."
-    try: work(); sys.stdout.flush(); return 0
-    except InputError as e: code, text = 2, f'error: {_one_line(e)}'
-    except torch.OutOfMemoryError as e: code, text = 1, f'error: {_one_line(e)[:150]}; take a smaller --batch_size'
-    except BrokenPipeError: return nobody_reads()
-    except OSError as e: code, text = 1, f'error: {_one_line(e)}'
-    except KeyboardInterrupt: code, text = 130, 'stopped'
-    print(text, file=sys.stderr)
-    return code
-
 # %% ../nbs/15_evaluate.ipynb #c072
-class Parser(argparse.ArgumentParser):
-    "Errors of the command line are bad input too: one line."
-    def error(self, message): raise InputError(f'{message}; see {self.prog} --help')
-
 def add_inference(p, batch_size=8):
     "The options that `evaluate` and `predict` share."
     g = p.add_argument_group('detections')
@@ -458,19 +433,13 @@ def _count(s):
 def _none_or_more(s):
     if (v := int(s)) < 0: raise argparse.ArgumentTypeError(f'{s} is less than 0')
     return v
-def parse_pair(s:str)->tuple: # key, value
-    "'key=value' with the value as a Python literal; what is none is a word. The options of every command are read by this."
-    key, eq, value = s.partition('=')
-    if not (eq and key.isidentifier()): raise argparse.ArgumentTypeError(f'{s!r} is not key=value')
-    try: return key, ast.literal_eval({'true':'True', 'false':'False', 'none':'None'}.get(value.lower(), value))
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError): return key, value
 
 def make_parser():
     "The command line of `python -m ala_nb.evaluate`."
     p = Parser(prog='python -m ala_nb.evaluate', description="Evaluate a run's detector and print COCO's table.", allow_abbrev=False)
     p.add_argument('run', metavar='RUN', help='directory that python -m ala_nb.train left')
     d = p.add_argument_group('data')
-    d.add_argument('--data', metavar='DIR', help="'shapes' or a folder in COCO, VOC or CrowdHuman form [what the run was trained on]")
+    d.add_argument('--data', metavar='DIR', help="'shapes' or a folder, see python -m ala_nb.data --help [what the run was trained on]")
     d.add_argument('--split', help="train, val, test or what the folder calls it [what the run was validated on: val]")
     d.add_argument('--data_options', nargs='*', type=parse_pair, metavar='KEY=VALUE',
         help="options of the data set [the run's, if it is the run's data]")
@@ -504,12 +473,12 @@ def evaluate_run(
     data_options=None,   # dict; None: the run's, if `data` is the run's
     size=None, max_size=None, # px; None: the run's
     checkpoint:str='best',    # or 'last'
-    method=None,              # name or 'package.module:Class'; None: the run's
     device:str='auto', batch_size:int=8, workers:int=0,
     metrics=('coco',), backend:str='faster', max_dets=(1,10,100), # see `compute_metrics`
     progress:bool=False,
+    method=None,              # name or 'package.module:Class'; None: the run's
     **how,               # nms, score_threshold, nms_threshold, max_detections
-): # metrics {name: numbers}, COCO results
+): # metrics {name: numbers}, COCO results with the ids of the user's file
     "Evaluate a run on a split."
     config = run_config(run); trained = config.get('train', {})
     own = trained.get('data','shapes'); data, split = own if data is None else data, split or trained.get('val_split','val')
@@ -520,11 +489,11 @@ def evaluate_run(
     if all(a.get('iscrowd') for a in truth['annotations']):
         raise InputError(f'{ds.name}: split {split} holds no object to find, so there is nothing to evaluate')
     device = pick_device(device)
-    results = predict_dataset(load_detector(run, checkpoint, method=method), ds, eval_transforms(*run_sizes(config, size, max_size)), batch_size, workers,
-        device, progress, ids, **how)
+    sizes, model = run_sizes(config, size, max_size), load_detector(run, checkpoint, method=method)
+    if progress: print(report(ds, *sizes), flush=True)                          # also what it leaves out
+    with finite_outputs(model): results = predict_dataset(model, ds, eval_transforms(*sizes), batch_size, workers, device, progress, ids, **how)
     found = compute_metrics(truth, results, metrics, backend, max_dets)
-    if progress: print(ds.summary())                                            # also how many boxes it had to drop
-    return found, results
+    return found, source_results(ds, results)
 
 def main(
     argv=None, # list of arguments; None: of the command line
@@ -540,9 +509,9 @@ def main(
                 raise InputError(f'{f}: cannot be written, its folder does not exist or it is a folder')
         if a['data_options'] is not None: a['data_options'] = dict(a['data_options'])
         found, results = evaluate_run(run, progress=True, **a)
-        print(metrics_text(found))
-        if results_file: write_json(results_file, results)
+        if results_file: write_json(results_file, results)                      # before anything is printed: a terminal may fail
         if out: write_json(out, {'run':str(run), 'settings':{k:v for k,v in a.items() if v is not None}, **found})
+        print(metrics_text(found))
     return exit_code(work)
 
 # %% ../nbs/15_evaluate.ipynb #c075

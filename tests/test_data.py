@@ -236,15 +236,15 @@ nan, inf = float('nan'), float('inf')
     (change(['annotations',0,'bbox'], [1,2,3]), ['annotations[0]', 'bbox', 'four numbers']), (change(['annotations',0,'bbox'], '1 2 3 4'), ['four numbers']),
     (change(['annotations',0,'bbox'], KeyError), ['no bbox']), (change(['annotations',0], 3), ['annotations[0]']), (change(['annotations',0,'area'], nan), ['area']),
     (change(['images',1,'file_name'], 'gone.png'), ['images[1]', 'gone.png']), (change(['images',1,'id'], 7), ['images[1]', 'id 7', 'images[0]']),
-    (change(['images',1,'id'], 'x'), ['images[1]', 'integer id']), (change(['images',1,'width'], -3), ['images[1]', 'width -3']), (change(['images',1,'width'], 81), ['1.png', '80x60', '81x60']),
-    (change(['images',1,'file_name'], 'x'*300+'.png'), ['images[1].file_name', 'xxx']), (change(['images',1,'file_name'], os.sep+os.path.join('nowhere','1.png')), ['images[1].file_name', 'nowhere']),
+    (change(['images',1,'id'], 'x'), ['annotations[1] (id 110)', 'image_id 17']), (change(['images',1,'id'], True), ['images[1].id is true', 'id']), (change(['images',1,'width'], -3), ['images[1]', 'width -3']), (change(['images',1,'width'], 81), ['1.png', '80x60', '81x60']),
+    (change(['images',1,'file_name'], 'x'*300+'.png'), ['images[1].file_name', 'xxx']), (change(['images',1,'file_name'], os.sep+os.path.join('nowhere','9.png')), ['images[1].file_name', 'nowhere']),
     (change(['images',1,'file_name'], 'a\0b.png'), ['images[1].file_name']),
-    *((change(['annotations',1,'iscrowd'], v), ['annotations[1] (id 110).iscrowd', 'write 0 or 1']) for v in ('false', 2, -1, nan, [1], {}, '')),
+    *((change(['annotations',1,'iscrowd'], v), ['annotations[1] (id 110).iscrowd', 'write 0 or 1']) for v in ('maybe', 2, -1, nan, [1], {}, '2')),
     (change(['categories',0,'id'], 5), ['share an id']), (change(['categories',0], 'dog'), ['categories[0]']), (change(['annotations'], []), ['no object'])])
 def test_coco_faults(tmp_path, fault, words):
     d = coco_dict(); fault(d); complains(write_coco(tmp_path, d), *words)
 
-@pytest.mark.parametrize('value, crowd', [(0,False), (1,True), (False,False), (True,True), ('0',False), ('1',True), (None,False)])
+@pytest.mark.parametrize('value, crowd', [(0,False), (1,True), (False,False), (True,True), ('0',False), ('1',True), (None,False), ('false',False), ('',False), ('True',True), (0.,False)])
 def test_coco_iscrowd_in_all_its_spellings(tmp_path, value, crowd):
     d = coco_dict(); d['annotations'][1]['iscrowd'] = value
     assert load_dataset(write_coco(tmp_path, d))[1][1]['crowd'].tolist()==[crowd]
