@@ -489,7 +489,7 @@ def evaluate_run(
     if all(a.get('iscrowd') for a in truth['annotations']):
         raise InputError(f'{ds.name}: split {split} holds no object to find, so there is nothing to evaluate')
     device = pick_device(device)
-    sizes, model = run_sizes(config, size, max_size), load_detector(run, checkpoint, method=method)
+    sizes, model = run_sizes(config, size, max_size), load_detector(run, checkpoint, **({} if method is None else dict(method=method)))
     if progress: print(report(ds, *sizes), flush=True)                          # also what it leaves out
     with finite_outputs(model): results = predict_dataset(model, ds, eval_transforms(*sizes), batch_size, workers, device, progress, ids, **how)
     found = compute_metrics(truth, results, metrics, backend, max_dets)

@@ -282,7 +282,7 @@ def predict_files(
     config = run_config(run); classes = config['classes']
     names = picture_names(files) if pictures else [None]*len(files)
     out = check_out(out, [n for n in names if n]+['predictions.json'], files, overwrite)
-    model = load_detector(run, checkpoint, method=method).to(pick_device(device))
+    model = load_detector(run, checkpoint, **({} if method is None else dict(method=method))).to(pick_device(device))
     readable = check_inputs(files, skip_unreadable)
     kept = set(readable); names = [n for f,n in zip(files, names) if f in kept]
     ids, categories, turn, sizes = range(1,len(readable)+1), range(1,len(classes)+1), itertools.repeat(True), itertools.repeat(None)
