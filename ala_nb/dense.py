@@ -290,7 +290,7 @@ def dense_ciou_atss(method, preds, objects, progress=.5):
         return p, iou, iou
     return dense_hard(preds, dense_images(preds, objects), choose, quality=True, box_weight=2.)
 
-# %% ../nbs/14b_dense.ipynb #c028
+# %% ../nbs/14b_dense.ipynb #c029
 def dense_autoassign(method, preds, objects, progress=.5, alpha=.25, lam=5., tau=3., eps=1e-12):
     "AutoAssign: w+ over each object's column, w- from the best IoU of a location with any object."
     total, tables, priors = preds.cls_logits.sum()*0, [], 0.
@@ -330,7 +330,7 @@ def dense_dw(method, preds, objects, progress=.5, lam=5., mu=5., mu_low=3., sigm
         total = total + .25*(w*pair).sum()/max(len(objects),1)
     return total + dense_negatives(preds, tables)/at_least(norm)
 
-# %% ../nbs/14b_dense.ipynb #c030
+# %% ../nbs/14b_dense.ipynb #c031
 def o2f_sets(d, K=7, alpha=.8, radius=1.5):
     "Certain pair and ambiguous pairs of each object, each (P, G) bool."
     score = d.score.detach()
@@ -360,7 +360,7 @@ def dense_o2f(method, preds, objects, progress=.5, alpha=.25, t_max=.6, t_min=.2
         total = total + box_weight*((1-d.giou)*m*centerness(d.targets)).sum()/n_box
     return total
 
-# %% ../nbs/14b_dense.ipynb #c031
+# %% ../nbs/14b_dense.ipynb #c032
 def dense_poto(method, preds, objects, progress=.5, alpha=.8, radius=1.5, weight=.25, gamma=2., box_weight=2.):
     "POTO: bipartite matching of the whole matrix, focal loss of the joint score."
     from scipy.optimize import linear_sum_assignment
@@ -381,7 +381,7 @@ def dense_poto(method, preds, objects, progress=.5, alpha=.8, radius=1.5, weight
         total = total + ((cls + box_weight*(1-d.giou))*m).sum()/n
     return total
 
-# %% ../nbs/14b_dense.ipynb #c033
+# %% ../nbs/14b_dense.ipynb #c034
 def foreground_map(preds, radius=3, variance=2.):
     "Foreground probability at every location (B, P): softmax, blur, average of the cells around the location."
     x = preds.property_logits.softmax(1)[:,:1]
@@ -405,7 +405,7 @@ def ala_sets(log_s, inside, progress, width=1.):
     soft = inside & ~hard & (s >= mean-width*std-slack)
     return hard, soft, .5*(1+math.cos(math.pi*progress))*s/s.amax(0).clamp(min=1e-38)
 
-# %% ../nbs/14b_dense.ipynb #c034
+# %% ../nbs/14b_dense.ipynb #c035
 def dense_ala(method, preds, objects, progress=.5, alpha=.25, share=.6, lam=5., power=.8, bound=3., floor=1e-6):
     "ALA: quality from class, box, learned center and foreground; hard and soft positives, class negatives, map term."
     maps, sizes = foreground_map(preds), torch.tensor([h*w for h,w in preds.level_sizes], device=preds.device)
