@@ -294,7 +294,7 @@ FIELDS = [*KEY[:-1],'total_objects','pairs','rounds','ms','ms_low','ms_high','pe
 def machine(device='cpu')->str:
     "Processor and cores, and the GPU if one is used."
     model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration), open('/proc/cpuinfo') as f:
+    with contextlib.suppress(OSError, StopIteration), open(Path('/proc')/'cpuinfo') as f:
         model = next(l.split(':',1)[1].strip() for l in f if l.startswith('model name'))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return f'{model}, {cores} cores' + (f', {torch.cuda.get_device_name(device)}' if 'cuda' in str(device) else '')
