@@ -16,7 +16,6 @@ from importlib import metadata
 from pathlib import Path
 import torch
 from torch.profiler import profile, ProfilerActivity
-from torch.utils.benchmark import timer
 from .geometry import InputError, grid_points
 from .pairs import Objects, inside_pairs
 from .methods import HeadSpec, available, build
@@ -28,7 +27,9 @@ from .evaluate import Parser, exit_code, pick_device, underscored
 # %% ../nbs/19_bench.ipynb #c005
 def clock_of(device='cpu', kind:str='cpu'):
     "A function that tells seconds: on a CPU time of the process ('cpu') or of the wall ('wall')."
-    return time.process_time if torch.device(device).type == 'cpu' and kind == 'cpu' else timer
+    if torch.device(device).type == 'cpu': return time.process_time if kind == 'cpu' else time.perf_counter
+    from torch.utils.benchmark import timer                        # waits for the GPU; needs setuptools
+    return timer
 
 def alternate(
     runs:dict,     # name -> function
@@ -39,9 +40,9 @@ def alternate(
 )->dict: # name -> seconds of each round
     "Time functions in turn."
     def spent(run): start = clock(); run(); return clock()-start
-    last, times, begin = {name: spent(run) for name,run in runs.items()}, {name: [] for name in runs}, timer()
+    last, times, begin = {name: spent(run) for name,run in runs.items()}, {name: [] for name in runs}, time.perf_counter()
     for i in range(rounds):
-        if i >= 3 and timer()-begin > budget: break
+        if i >= 3 and time.perf_counter()-begin > budget: break
         for name,run in runs.items():
             if last[name] < long: run()
             last[name] = spent(run); times[name].append(last[name])
