@@ -81,6 +81,14 @@ class POTO(Method):
         loc, obj = match_one_to_one(cand, matching_score(f['score'], f['iou'], self.alpha))
         return Pairs(loc, obj, torch.bincount(obj, minlength=len(objects)), preds, objects)
 
+    formula = dict(quality='score**(1 - alpha)*iou**alpha', pos='match(quality)', neg='1 - pos')
+
+    def over_candidates(self, preds, objects, progress=0.)->Assignment:
+        "For pictures: all candidates with their quality, not the matched pairs alone; no losses."
+        preds = preds.full_precision(); cand, chosen = center_pairs(preds, objects, self.radius), self.match(preds, objects)
+        pos = torch.isin(cand.obj*preds.n_locations + cand.loc, chosen.obj*preds.n_locations + chosen.loc).to(cand.stride)
+        return Assignment({}, cand, dict(pos=pos, neg=1-pos), lambda: (self.factors(preds, cand), self.formula, dict(alpha=self.alpha)))
+
     def assign(self, preds, objects, progress):
         pairs = self.match(preds, objects)
         table, n = ClassTable(preds, pairs), normalizer(torch.tensor(float(len(pairs)), device=preds.device, dtype=preds.dtype))
@@ -88,7 +96,7 @@ class POTO(Method):
         cls = table.negatives(obj, .75/n) + (focal_positive(table.logits, obj_at) - .75*focal_negative(table.logits, obj_at)).sum()/n
         giou = distance_giou(pairs.distances(preds), pairs.targets)
         return Assignment(dict(loss_cls=cls, loss_reg=self.box_weight*(1-giou).sum()/n), pairs, dict(pos=torch.ones_like(pairs.stride), neg=torch.zeros_like(pairs.stride)),
-                          lambda: (self.factors(preds, pairs), dict(quality='score**(1 - alpha)*iou**alpha', pos='match(quality)', neg='1 - pos'), dict(alpha=self.alpha)))
+                          lambda: (self.factors(preds, pairs), self.formula, dict(alpha=self.alpha)))
 
 # %% ../nbs/10_o2f.ipynb #c013
 def certain_and_ambiguous(

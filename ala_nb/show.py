@@ -628,3 +628,9 @@ def weights_widget(
     if n > 1: sliders.setdefault('obj', (0, n-1, 1, obj))
     def turn(**options): return show_options(builder, preds, objects, picture, image, options.pop('obj', obj), names, **options)
     return interactive(turn, dict(manual=False, auto_display=True), **{k: control(v) for k,v in sliders.items()})
+
+# %% ../nbs/17_show.ipynb #c078
+if __name__ == '__main__' and '__file__' in globals():        # python -m ala_nb.show RUN IMAGE ... --out report.html
+    import sys
+    from ala_nb.microscope import main
+    sys.exit(main(prog='python -m ala_nb.show'))
