@@ -26,8 +26,8 @@ from .snapshots import FOLDER, load, names, shown
 
 # %% ../nbs/23_microscope.ipynb #c005
 def as_text(x, kind)->str:
-    "An array as base64 of numbers of a kind ('<f4', '<i2')."
-    return base64.b64encode(np.ascontiguousarray(np.asarray(x)).astype(kind).tobytes()).decode()
+    "An array as base64 (the form for addresses) of numbers of a kind ('<f4', '<i2')."
+    return base64.urlsafe_b64encode(np.ascontiguousarray(np.asarray(x)).astype(kind).tobytes()).decode()
 
 def explained(method, preds, objects, progress:float)->Assignment:
     "An assignment over all candidates, also where the method's own keeps the chosen pairs only (POTO)."

@@ -21,7 +21,7 @@ function number(x) {
   return s.replace('-', '−');
 }
 const ordinal = n => ['first', 'second', 'third', 'fourth', 'fifth'][n-1] || n + (n % 100 > 10 && n % 100 < 14 ? 'th' : ['th', 'st', 'nd', 'rd'][n % 10] || 'th');
-function bytes(text) { const s = atob(text), out = new Uint8Array(s.length); for (let i = 0; i < s.length; i++) out[i] = s.charCodeAt(i); return out.buffer; }
+function bytes(text) { const s = atob(text.replaceAll('-', '+').replaceAll('_', '/')), out = new Uint8Array(s.length); for (let i = 0; i < s.length; i++) out[i] = s.charCodeAt(i); return out.buffer; }
 const floats = text => new Float32Array(bytes(text)), shorts = text => new Int16Array(bytes(text));
 
 // ---- formulas: the expressions of `Assignment.formula`
