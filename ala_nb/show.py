@@ -8,7 +8,8 @@ __all__ = ['PALETTE', 'CURVES', 'ALARM', 'SCALE', 'Picture', 'panels', 'as_array
            'operating_point', 'prediction_grid', 'nothing_to_show', 'read_rows', 'running_mean', 'draw_curve',
            'plain_log', 'curves', 'weight_scale', 'glow', 'draw_discs', 'draw_weights', 'object_number', 'bag', 'brief',
            'steps_of', 'around', 'weight_rows', 'show_weights', 'draw_best', 'half_trained', 'compare_methods',
-           'pick_objects', 'relative', 'show_assignment', 'level_maps', 'show_options', 'control', 'weights_widget']
+           'pick_objects', 'relative', 'show_assignment', 'level_maps', 'show_options', 'control', 'weights_widget',
+           'main']
 
 # %% ../nbs/17_show.ipynb #c002
 import base64, csv, io, math
@@ -630,7 +631,11 @@ def weights_widget(
     return interactive(turn, dict(manual=False, auto_display=True), **{k: control(v) for k,v in sliders.items()})
 
 # %% ../nbs/17_show.ipynb #c078
-if __name__ == '__main__' and '__file__' in globals():        # python -m ala_nb.show RUN IMAGE ... --out report.html
-    import sys
+def main(
+    argv=None, # list of arguments; None: of the command line
+)->int: # exit code
+    "The command `python -m ala_nb.show RUN IMAGE ... --out report.html`: see 23_microscope."
     from ala_nb.microscope import main
-    sys.exit(main(prog='python -m ala_nb.show'))
+    return main(argv, 'python -m ala_nb.show')
+
+if __name__ == '__main__' and '__file__' in globals(): raise SystemExit(main())       # not in the notebook, whose name is __main__ too
