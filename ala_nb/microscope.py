@@ -8,12 +8,10 @@ __all__ = ['PAGE', 'INTRO', 'IMAGES', 'LIMIT', 'as_text', 'explained', 'reasons'
            'run_image', 'run_data', 'report', 'make_parser', 'main']
 
 # %% ../nbs/23_microscope.ipynb #c002
-import argparse, base64, functools, html, io, json, os, sys
+import base64, html, io, json, os, re, sys
 from pathlib import Path
 import numpy as np
 import torch
-from fastcore.basics import patch
-from matplotlib.colors import to_hex
 from PIL import Image
 from .geometry import InputError
 from .data import eval_transforms, load_dataset, read_image, read_json, read_text
@@ -21,7 +19,6 @@ from .detector import load_detector
 from .evaluate import Parser, exit_code, pick_device, run_config, run_sizes, underscored
 from .methods import Assignment
 from .pairs import Objects
-from .show import ALARM, SCALE, pixels, show_weights
 from .snapshots import FOLDER, load, names, shown
 
 # %% ../nbs/23_microscope.ipynb #c005
@@ -80,6 +77,7 @@ def image_data(
     longest:int=1000, # px: a longer picture is embedded smaller
 )->dict:
     "An image, its objects, and the grid of its locations."
+    from ala_nb.show import pixels
     x = Image.fromarray((pixels(picture)*255).round().astype(np.uint8)); w, h = x.size
     small = max(x.size) <= 256
     if max(x.size) > longest: x.thumbnail((longest, longest))
@@ -98,6 +96,8 @@ def page_data(
     start:dict=None, # what is shown first: numbers of 'image', 'obj', 'method'
 )->dict:
     "All that a page holds."
+    from matplotlib.colors import to_hex
+    from ala_nb.show import ALARM, SCALE
     if not methods or not images: raise InputError('microscope: nothing to show; give at least one method and one image with an object')
     colours = [to_hex(c) for c in SCALE(np.linspace(0, 1, 65))]
     return dict(methods=methods, images=images, classes=list(map(str, classes)), scale=colours, alarm=ALARM, start=start or {})
@@ -126,7 +126,6 @@ def page(
 
 def split_at(template:str, names)->list:
     "A template cut at its {names}, which stand alone in the list."
-    import re
     return [p[1:-1] if p[:1] == '{' and p[1:-1] in names else p for p in re.split('(' + '|'.join(f'{{{n}}}' for n in names) + ')', template)]
 
 def plain(x):
@@ -168,6 +167,7 @@ class Microscope:
         self.data = data or snapshot_data([methods] if isinstance(methods, str) else methods, images, moments, obj, method)
         self.height, self.still = height, None
         if data is None:
+            from ala_nb.show import show_weights
             s = load(([methods] if isinstance(methods, str) else methods or names())[method])
             self.still = show_weights(s.assign(), s.preds, images[0], obj, 'pos', s.images[images[0]])
 
