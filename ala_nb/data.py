@@ -10,7 +10,7 @@ __all__ = ['SHAPES', 'SHAPES_VERSION', 'FOLDER_SIZE', 'Bits', 'on_shape', 'extre
            'need_objects', 'load_folder', 'load_dataset', 'save_coco', 'ShortSide', 'Transforms', 'train_transforms',
            'eval_transforms', 'item_seed', 'Items', 'BatchOrder', 'collate', 'Parcel', 'send', 'LoaderDied', 'Loader',
            'make_loader', 'font_for', 'report_figure', 'report_html', 'make_parser', 'all_splits', 'shared_pictures',
-           'report_all', 'main']
+           'opening', 'report_all', 'main']
 
 # %% ../nbs/04_data.ipynb #c002
 import base64, difflib, functools, hashlib, html, inspect, io, json, math, multiprocessing, os, pickle, signal, sys, threading
@@ -1033,6 +1033,11 @@ def shared_pictures(sets)->list: # of texts
     return [f'{count_of(len(f), "picture")} both in {shown(a)} and in {shown(b)}, as {shown(Path(f[0]).name, 80)}: an AP measured on them says nothing about new pictures' for (a,b),f in found.items()]
 
 # %% ../nbs/04_data.ipynb #r019
+def opening(sets, size=None, max_size=None)->str:
+    "What train says of folders before it begins (lines with their ends): the reports of its splits (or None), and what lies in both. Nothing of drawn sets."
+    folders = [d for d in sets if hasattr(d, '_first')]
+    return ''.join(f'{l}\n' for l in [*(str(report(d, size or None, max_size or None)) for d in folders), *(f'warning: {w}' for w in shared_pictures(folders))])
+
 def report_all(data, split=None, size=None, max_size=None, data_options=(), out=None):
     "What the command does: print the report of every split, draw them, and collect what cannot be read."
     if out and Path(out).suffix.lower() not in ('.html','.png'): raise InputError(f'--out {shown(out)}: give it the ending .html or .png')

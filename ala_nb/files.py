@@ -254,10 +254,11 @@ class Pictures:
     def find(self, name:str, where:str)->Path:
         "The picture that an annotation calls `name`; `where` says who asked."
         plain = translated(name)
+        bare = not plain.lower().endswith(SUFFIXES)                            # CrowdHuman's ids have no suffix
         for n in dict.fromkeys((name, plain)):
-            if n:
-                for d in self.folders:
-                    if _is_file(d/n): return d/n                               # an absolute name is its own path in any folder
+            for d in self.folders if n else ():
+                for f in (d/n, *(d/f'{n}{s}' for s in SUFFIXES if bare)):
+                    if _is_file(f): return f                                   # an absolute name is its own path in any folder
         path = self.guess(plain, name, where)
         self.guesses.append((name, path))
         return path
@@ -274,7 +275,7 @@ class Pictures:
             both = ', '.join(shown(p.relative_to(self.root), 80) for p in best[:3])
             raise InputError(f'{where}: image {shown(name, 100)} may be any of {both}{", ..." if len(best)>3 else ""}; write its folder into the name')
         tried = ', '.join(shown(d) for d in self.folders) or shown(self.root)
-        raise InputError(f'{where}: image {shown(name, 100)} is not in {tried}; bring the image or remove its entry')
+        raise InputError(f'{where}: image {shown(name, 100)}{"" if base.endswith(SUFFIXES) else ".jpg"} is not in {tried}; bring the image or remove its entry')
 
 # %% ../nbs/03c_files.ipynb #f029
 def write_json(

@@ -274,7 +274,9 @@ def voc_splits(root:Path)->dict:
         own = next((x for x in (d, *(d/n for n in _annotation_folders)) if next(x.glob('*.xml'), None)), None)
         if own: out[d.name] = own
     if ann and not out: out = {d.name:d for d in sorted(ann.iterdir()) if d.is_dir() and is_split(d.name) and _has(d, '.xml')}
-    return out or (dict(all=ann) if ann else dict(all=root) if next(root.glob('*.xml'), None) else {})
+    flat = min(root.glob('*.xml'), default=None)
+    try: return out or (dict(all=ann) if ann else dict(all=root) if flat and voc_root(flat) is not None else {})
+    except InputError: return {}                                               # XML of another kind: `foreign` names it
 
 def voc_root(file)->'ET.Element':
     "The <annotation> of a VOC file; an InputError for XML of another kind."
@@ -364,7 +366,7 @@ class _VocPictures(Pictures):
         if len(found)>1: found = {s:f for s,f in found.items() if s==os.path.splitext(named)[1].lower()} or found
         if len(found)==1: return next(iter(found.values()))
         if found: raise InputError(f'{shown(xml)}: its image may be any of {shown(", ".join(map(str, found.values())), 200)}; write the right one as <filename>')
-        try: return self.find(named if named.lower().endswith(SUFFIXES) else f'{stem}.jpg' if not named else named, shown(xml))
+        try: return self.find(named or stem, shown(xml))
         except InputError as e:
             if 'may be any' in str(e): raise
             folder = ', '.join(shown(d) for d in self.folders[:3]) or 'any folder'
@@ -475,7 +477,7 @@ def read_crowdhuman(
             d = read_json(line, where)
             if not isinstance(d,dict) or not isinstance(d.get('ID'),str) or not isinstance(d.get('gtboxes'),list):
                 raise InputError(f'{where} needs ID and gtboxes; download the file again')
-            path = pictures.find(d['ID'] if d['ID'].lower().endswith(SUFFIXES) else d['ID']+'.jpg', where)
+            path = pictures.find(d['ID'], where)
         except InputError as e: faults.append(e); continue
         if path in paths: faults.append(f'{where}: {shown(path)} is also the picture of line {paths[path]}; remove one of the two')
         paths[path] = n

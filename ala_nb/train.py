@@ -136,7 +136,8 @@ from tqdm import tqdm
 import ala_nb
 from .geometry import InputError
 from .methods import method_class, method_options
-from .data import Items, LoaderDied, eval_transforms, load_dataset, make_loader, train_transforms
+from .files import error_text
+from .data import Items, LoaderDied, eval_transforms, load_dataset, make_loader, need_objects, opening, train_transforms
 from .detector import Detector, load_detector, save_weights
 from .evaluate import Parser, coco_table, evaluate_coco, nobody_reads, parse_pair, pick_device, predict_dataset, underscored
 from .runs import (Interrupted, Stop, Table, brief, check_same, free_folder, leftovers, load_state, own_folder, owning, read_state, rng_state,
@@ -333,6 +334,7 @@ def open_data(c:Config, device:torch.device) -> tuple: # training set, validatio
     train = first(load_dataset(c.data, c.train_split, **c.data_options), c.train_images)
     if c.train_images and not with_objects(train, 1):
         raise InputError(f'--train_images {c.train_images}: these images of {c.data} hold no object to learn from; take more of them')
+    need_objects(train, min(c.scales, default=c.size), c.max_size)                      # what is left of them at the size that is trained
     same = {} if c.data == 'shapes' else dict(classes=train.classes)                    # labels mean the same in both splits
     try: val = first(load_dataset(c.data, c.val_split, **{**c.data_options, **same}), c.val_images) if c.eval_every else None
     except InputError as e: raise InputError(f'{e} (--val_split names another split, --eval_every 0 trains without one)') from None
@@ -688,6 +690,7 @@ def describe(run:Run) -> str:
     what = dict(clipped='boxes clipped', dropped_size='without a size dropped', dropped_outside='outside their image dropped')
     counts = ', '.join(f'{v} {what[k]}' for k,v in run.train_set.report.items() if v and k in what)
     return (f'{c.data}: {len(run.train_set)} images to train on{val}; {len(run.train_set.classes)} classes{counts and "; " + counts}\n'
+            f'{opening([run.train_set, run.val_set], min(c.scales, default=c.size), c.max_size)}'
             f'{c.method} on {c.backbone}, {n/1e6:.2f} M parameters; {run.total} steps of {c.batch_size*c.accumulate} images '
             f'({run.total/run.per_epoch:.3g} epochs) on {run.device}' + (f', {c.threads} threads' if run.device.type == 'cpu' else '')
             + f'\n{"goes on at step " + str(run.step) + " in" if run.step else "writes"} {run.path}')
@@ -849,6 +852,7 @@ def none_words(method:str, options:dict) -> dict:
 
 def one_line(e:BaseException) -> str:
     "An error's message; from a loading process, the last line of what it reports."
+    if isinstance(e, InputError): return error_text(e)
     return (str(e).strip().splitlines() or [type(e).__name__])[-1].split('InputError: ')[-1]
 
 def main(argv:list=None) -> int: # exit code
