@@ -1,5 +1,5 @@
 "Folders as people have them: every tool's layout with its right values, what is ignored or guessed and said so, and files altered at random."
-import contextlib, io, json, os, shutil, sys
+import contextlib, copy, io, json, os, shutil, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -265,3 +265,190 @@ def test_report_page(tmp_path):
     with Image.open(tmp_path/'r.png') as im: assert im.width>800
     with contextlib.redirect_stderr(io.StringIO()) as err: assert data.main([str(root), '--out', str(tmp_path/'r.jpg')])==2
     assert '.html or .png' in err.getvalue()
+
+# ---------------------------------------------------------------- files altered at random: a right data set, or one line
+
+NASTY = [None, True, False, 0, -1, 1, 7, '7', 7.0, .5, 1e300, float('nan'), float('inf'), -float('inf'), 2**53, 2**64, 10**400, '9'*400, '', 'x', ' ', '\x1b[2J', 'a\0b', 'a\nb', '\udcff', '血', '../../x',
+         '/', '.', '..', 'x'*300, [], [[]], {}, [1,2], [1,2,3,4], [-5,1,1e9,2], [0,0,0,0], ['1','2','3','4'], {'a':1}, [None]*4, 'train/0.png', '0.png', '%', '%00', '?d=', 'C:\\', 'http://x']
+
+def paths(v, at=()):
+    "Every place in a JSON value."
+    yield at
+    for k,x in v.items() if isinstance(v, dict) else enumerate(v) if isinstance(v, list) else (): yield from paths(x, (*at, k))
+
+def altered(value, draw):
+    "A JSON value with one to three of its places changed, taken away or doubled."
+    v = json.loads(json.dumps(value))
+    for _ in range(draw(st.integers(1,3))):
+        *head, last = draw(st.sampled_from([p for p in paths(v) if p])) or [None]; d = v
+        for k in head: d = d[k]
+        what = draw(st.sampled_from(['set','set','set','take','double']))
+        if what=='set': d[last] = copy.deepcopy(draw(st.sampled_from(NASTY)))
+        elif what=='take': del d[last]
+        elif isinstance(d, list): d.append(json.loads(json.dumps(d[last], default=str)))
+        else: d[str(last)+'2'] = d[last]
+        if not any(paths(v)): break
+    return v
+
+def damaged(b, draw):
+    "Bytes cut, changed, or with something put in."
+    for _ in range(draw(st.integers(1,4))):
+        at = draw(st.integers(0, max(0, len(b)-1))); what = draw(st.sampled_from(['cut','byte','put','drop']))
+        if what=='cut': b = b[:at]
+        elif what=='byte': b = b[:at]+bytes([draw(st.integers(0,255))])+b[at+1:]
+        elif what=='put': b = b[:at]+draw(st.sampled_from([b'\xff', b'<', b'>', b'"', b'&x;', b'0', b'9'*400, b'-', b'nan', b'\0', b'\r', b'\n', b'{', b'[', b' ', b'1e999', '血'.encode()]))+b[at:]
+        else: b = b[:at]+b[at+draw(st.integers(1,40)):]
+    return b
+
+def right_or_one_line(root, **options):
+    "What every file must end in."
+    before = sorted(p for p in root.parent.rglob('*'))
+    try:
+        ds = load_dataset(root, 'train', **options); str(report(ds, 480, 800)); ds.summary(); need_objects(ds, 480, 800)
+        json.dumps(ds.ground_truth(), allow_nan=False)
+        assert all(type(i) is int and abs(i)<2**53 for i in [*ds.ids, *ds.category_ids]) and len(set(ds.ids))==len(ds)==len(ds.files)==len(set(ds.files))
+        for im,t in ds:
+            b = t['boxes']; h,w = im.shape[1:]
+            assert len(b)==len(t['labels'])==len(t['area']) and (not len(b) or b.isfinite().all() and (b[:,2:]>b[:,:2]).all() and b.min()>=0 and (b<=torch.tensor([w,h,w,h])).all() and t['labels'].max()<len(ds.classes))
+            assert Path(t['file']).is_relative_to(root)
+    except InputError as e:
+        assert str(e).isprintable() and files.error_text(e).replace('\n','').isprintable() and 'Error' not in str(e).split(':')[0], str(e)
+        assert any(w in str(e) for w in (str(root)[:60], root.name, 'classes')), str(e)
+    assert sorted(p for p in root.parent.rglob('*'))==before
+
+fuzz = settings(max_examples=int(os.environ.get('FUZZ', 60)), deadline=4000, suppress_health_check=list(HealthCheck))
+
+@pytest.fixture(scope='module')
+def sets(tmp_path_factory):
+    d = tmp_path_factory.mktemp('fuzz'); t = {}
+    t['coco'] = write_coco(d/'coco'/'set', coco(['0.png','1.png','2.png'], ((5,6,20,30),(1,1,9,9)))); t['voc'] = write_voc(d/'voc'/'set', voc_xml((('cat',(6,7,25,36),0), ('dog',(1,1,9,9),1))))
+    t['odgt'] = write_crowdhuman(d/'odgt'/'set'); roboflow_yolo(d/'yolo'/'set'); t['yolo'] = d/'yolo'/'set'
+    return t
+
+def with_content(file, b, check):
+    old = file.read_bytes()
+    try: file.write_bytes(b); check()
+    finally: file.write_bytes(old)
+
+@fuzz
+@given(d=st.data())
+def test_altered_coco(sets, d):
+    f = sets['coco']/'annotations/instances_train.json'; v = altered(json.loads(f.read_text()), d.draw)
+    with_content(f, json.dumps(v).encode(), lambda: right_or_one_line(sets['coco'], use_ignored=d.draw(st.booleans()), bbox=d.draw(st.sampled_from(['xywh','xyxy']))))
+
+@fuzz
+@given(d=st.data())
+def test_altered_odgt(sets, d):
+    f = sets['odgt']/'annotation_train.odgt'; lines = [altered(json.loads(l), d.draw) for l in f.read_text().splitlines()]
+    with_content(f, '\n'.join(map(json.dumps, lines)).encode(), lambda: right_or_one_line(sets['odgt'], box=d.draw(st.sampled_from(['fbox','hbox']))))
+
+@fuzz
+@given(d=st.data())
+def test_damaged_files_of_every_form(sets, d):
+    form = d.draw(st.sampled_from(['coco','voc','voc','odgt','yolo','yolo','image']))
+    name = dict(coco='annotations/instances_train.json', voc=d.draw(st.sampled_from(['Annotations/1.xml','Annotations/1.xml','ImageSets/Main/train.txt'])), odgt='annotation_train.odgt',
+                yolo=d.draw(st.sampled_from(['data.yaml','train/labels/0.txt'])), image='train/1.png')[form]
+    root = sets['coco' if form=='image' else form]; f = root/name
+    with_content(f, damaged(f.read_bytes(), d.draw), lambda: right_or_one_line(root))
+
+words_of_xml = st.sampled_from(['1', '0', '', 'x', 'nan', '1e999', '9'*400, '-3', '<a/>', '&#27;[2J', '血', ' 7 ', '0.0', '../1', 'Unspecified', '2.5'])
+@fuzz
+@given(d=st.data())
+def test_altered_voc(sets, d):
+    import re
+    f = sets['voc']/'Annotations/1.xml'; s = f.read_text()
+    for _ in range(d.draw(st.integers(1,3))):
+        spans = list(re.finditer(r'<(\w+)>([^<>]*)</\1>', s)); m = d.draw(st.sampled_from(spans))
+        s = s[:m.start(2)]+d.draw(words_of_xml)+s[m.end(2):] if d.draw(st.booleans()) else s[:m.start()]+s[m.end():]
+        if not re.search(r'<(\w+)>([^<>]*)</\1>', s): break
+    with_content(f, s.encode(), lambda: right_or_one_line(sets['voc'], one_based=d.draw(st.booleans())))
+
+@fuzz
+@given(d=st.data())
+def test_altered_yolo(sets, d):
+    root = sets['yolo']
+    if d.draw(st.booleans()):
+        f = root/'train/labels/0.txt'; w = st.sampled_from(['0','1','-1','.5','0.25','1.5','9'*400,'nan','inf','x','','1e-9','0,5','٣'])
+        s = '\n'.join(' '.join(d.draw(st.lists(w, max_size=10))) for _ in range(d.draw(st.integers(1,3))))
+    else:
+        f = root/'data.yaml'; keys = st.sampled_from(['train','val','names','nc','path','kpt_shape','x']); value = st.sampled_from(['train/images','../train/images','/','.','..','[]','{}','[cat]','{0: cat}','{0: [1]}','3','null',
+            '~','!!python/object:os.system x','&a [*a]','"\\0"','2024-99-99','1e999','[a, a]','- x','train/images/0.png','data.yaml','[2, 3]','["x"]','true'])
+        s = '\n'.join(f'{d.draw(keys)}: {d.draw(value)}' for _ in range(d.draw(st.integers(1,6))))
+    with_content(f, s.encode(), lambda: right_or_one_line(root))
+
+# ---------------------------------------------------------------- lines that tell the cause
+
+def test_all_faults_of_a_file_at_once(tmp_path):
+    d = coco_dict(boxes=((5,6,20,30),)*8); root = write_coco(tmp_path, d)
+    for a in d['annotations'][:17]: a['bbox'] = [1,2,None,4]
+    d['images'][2]['file_name'] = 'gone.png'; d['annotations'][20]['category_id'] = '77'; text(root/'annotations/instances_train.json', d)
+    with pytest.raises(InputError) as e: load_dataset(root)
+    lines = files.error_text(e.value).splitlines()
+    assert e.value.count==19 and len(lines)==12 and lines[0].endswith('instances_train.json: 19 faults') and 'gone.png' in lines[1] and lines[-1].strip()=='... and 9 more' and 'null' in lines[3]
+    for n in range(3): (root/f'train/{n}.png').write_bytes(b'x')
+    text(root/'annotations/instances_train.json', coco_dict())
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out: assert data.main([str(root)])==2
+    assert out.getvalue().count('cannot be read as an image')==3 and err.getvalue().count('\n')==1
+
+@pytest.mark.parametrize('change, ids, classes', [(lambda d: [a.update(category_id=str(a['category_id'])) for a in d['annotations']], [7,17,27], ['cat','dog']), (lambda d: [r.update(id=str(r['id'])) for r in d['images']], [7,17,27], ['cat','dog']),
+    (lambda d: [r.update(width='80', height=60.) for r in d['images']], [7,17,27], ['cat','dog']), (lambda d: [a.update(area='300', bbox=['5','6',20,'3e1']) for a in d['annotations']], [7,17,27], ['cat','dog']),
+    (lambda d: [r.update(id=float(r['id'])) for r in d['images']], [7,17,27], ['cat','dog']), (lambda d: [x.update({k:f'i{x[k]}'}) for l,k in (('images','id'),('annotations','image_id')) for x in d[l]], [1,2,3], ['cat','dog']),
+    (lambda d: [x.update({k:x[k]+2**60}) for l,k in (('images','id'),('annotations','image_id')) for x in d[l]], [1,2,3], ['cat','dog'])])
+def test_text_and_hashes_where_numbers_are(tmp_path, change, ids, classes):
+    d = coco_dict(); change(d); ds = load_dataset(write_coco(tmp_path, d)); assert ds.ids==ids and ds.classes==classes and ds.category_ids==[5,9]
+    assert [t['boxes'].tolist() for _,t in ds]==[[[5,6,25,36]]]*3 and ds.sizes==[(60,80)]*3 and ds[0][1]['area'].tolist()==[300]
+    back = ds.source_ids or ds.ids; assert back==[r['id'] for r in d['images']] and (ds.source_categories or ds.category_ids)==[5,9]
+
+def test_text_is_shown_in_quotes(tmp_path):
+    d = coco_dict(); d['annotations'][0]['category_id'] = 'x'; d['annotations'][1]['image_id'] = '99'; d['images'][0]['width'] = 'wide'
+    complains(write_coco(tmp_path, d), "category_id 'x'", "image_id '99'", "width 'wide'")
+    d = coco_dict(); d['images'].append(dict(d['images'][1], id='7', file_name='2.png')); complains(write_coco(tmp_path, d), "id '7' is also that of images[0]")
+
+@pytest.mark.parametrize('declared, encoded', [('gb2312','gb18030'), ('GBK','gbk'), ('utf-8','utf-8'), ('Big5','big5'), ('martian','utf-8'), ('utf-16','utf-16'), ('hex','utf-8')])
+def test_xml_in_the_encoding_it_declares(tmp_path, declared, encoded):
+    root = write_voc(tmp_path); s = f'<?xml version="1.0" encoding="{declared}"?>\n' + voc_xml((('血小板',(6,7,25,36),0),))
+    for i in range(3): (root/f'Annotations/{i}.xml').write_bytes(s.encode(encoded, 'replace') if encoded!='big5' else s.replace('血小板','血').encode('big5'))
+    assert load_dataset(root).classes==['血' if encoded=='big5' else '血小板']
+    (root/'Annotations/1.xml').write_bytes(b'<?xml version="1.0" encoding="martian"?><annotation>\xff\xfe</annotation>'); complains(root, '1.xml', 'martian', 'UTF-8')
+
+@pytest.mark.parametrize('tag', ['xmin','width','difficult'])
+def test_numbers_of_400_digits(tmp_path, tag):
+    import re
+    root = write_voc(tmp_path); s = re.sub(f'<{tag}>[^<]*', f'<{tag}>{"9"*400}', voc_xml()); (root/'Annotations/1.xml').write_text(s)
+    if tag=='width': assert load_dataset(root).sizes[1]==(60,80)                                           # no size that can be: the picture's
+    else: complains(root, '1.xml')
+    d = coco_dict(); d['annotations'][0]['bbox'][0] = 10**400; complains(write_coco(tmp_path/'c', d), 'NaN, infinite or absurd'); d['annotations'][0].update(bbox=[1,2,3,4], area=10**400)
+    complains(write_coco(tmp_path/'c', d), '.area is')
+
+# ---------------------------------------------------------------- pictures that are none, or more than one
+
+def test_only_pictures_are_opened(tmp_path, monkeypatch):
+    "PostScript named .jpg: Pillow would start Ghostscript."
+    import subprocess
+    def started(*a, **k): raise AssertionError('a program was started')
+    monkeypatch.setattr(subprocess, 'Popen', started); monkeypatch.setattr(subprocess, 'check_call', started); monkeypatch.setattr(subprocess, 'run', started)
+    root = write_coco(tmp_path, coco(['0.png','1.jpg'])); Image.new('RGB', (80,60)).save(root/'train/1.jpg', 'EPS'); complains(root, '1.jpg', 'PostScript', 'convert it')
+    for name, head, word in (('a.jpg', b'%PDF-1.4', 'PDF'), ('b.jpg', b'\0\0\0\x18ftypheic', 'HEIC'), ('c.jpg', b'<!doctype html>', 'web page'), ('d.jpg', b'version https://git-lfs.github.com/spec/v1', 'git lfs pull'), ('e.png', b'', 'cannot be read')):
+        (tmp_path/name).write_bytes(head)
+        with pytest.raises(InputError, match=word): files.image_info(tmp_path/name)
+
+def test_a_picture_over_the_limit(tmp_path, monkeypatch):
+    f = picture(tmp_path/'a.png', size=(100,100)); monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 2000)
+    for read in (files.read_image, files.image_info):
+        with pytest.raises(InputError, match='million pixels; cut it into tiles'): read(f)
+
+def test_several_pages_are_said(tmp_path):
+    r = tmp_path; text(r/'train.json', coco(['0.gif','1.tif']))
+    for n,suffix in enumerate(('gif','tif')):
+        (r/'images').mkdir(exist_ok=True); Image.new('RGB', (80,60), (40*n,)*3).save(r/f'images/{n}.{suffix}', save_all=True, append_images=[Image.new('RGB', (80,60), 'white')])
+    assert found(r)==RIGHT and '2 files with several pages' in said(r)[1]
+
+def test_twelve_bits(tmp_path):
+    "Stored as 16 they are dark, and that is said; declared as 12 in a TIFF they are not."
+    import struct
+    text(tmp_path/'train.json', coco(['0.png'])); (tmp_path/'images').mkdir(); Image.fromarray(np.full((60,80), 4095, np.uint16)).save(tmp_path/'images/0.png')
+    assert int(load_dataset(tmp_path)[0][0].max())==16 or int(load_dataset(tmp_path)[0][0].max())<=16
+    w, h = 4, 2; tags = [(256,3,1,w), (257,3,1,h), (258,3,1,12), (259,3,1,1), (262,3,1,1), (273,4,1,122), (277,3,1,1), (278,3,1,h), (279,4,1,12)]
+    ifd = struct.pack('<H', len(tags)) + b''.join(struct.pack('<HHII', *t) for t in tags) + struct.pack('<I', 0)
+    (tmp_path/'t.tif').write_bytes((b'II*\0' + struct.pack('<I', 8) + ifd).ljust(122, b'\0') + b'\xff\xff\xff'*2 + b'\0\0\0'*2)
+    assert files.read_image(tmp_path/'t.tif')[0].tolist()==[[255]*4, [0]*4]
