@@ -132,7 +132,7 @@ def select(self:ALA, pairs, quality, progress):
 def assign(self:ALA, preds, objects, progress):
     pairs = inside_pairs(preds, objects)
     table, maps = ClassTable(preds, pairs), self.maps(preds)
-    log_s, = pairs.in_chunks(lambda at, sub: (self.quality(preds, sub, table.logits[at], sub.distances(preds), maps),), self.chunk)
+    log_s, = pairs.in_chunks(lambda sub, logits: (self.quality(preds, sub, logits, sub.distances(preds), maps),), self.chunk, table.logits)
     with torch.no_grad(): hard, soft, xi = self.select(pairs, log_s.exp(), progress)
     hard, soft = hard.to(xi), soft.to(xi)                          # once: lists of 0 and 1 that graph and weights share
     n = normalizer(torch.tensor(float(len(objects)), device=preds.device, dtype=preds.dtype))

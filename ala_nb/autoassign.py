@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from .geometry import distance_iou, distance_giou
 from .pairs import chunk_size, Predictions, Objects, Pairs, inside_pairs
-from .losses import ClassTable, joint_score, log_not_joint, focal_positive, focal_negative, normalizer
+from .losses import ClassTable, scores, safe_log, negative_cost, focal_positive, focal_negative, normalizer
 from .methods import Method, HeadSpec, Assignment, choice, in_range
 
 # %% ../nbs/08_autoassign.ipynb #c007
@@ -75,16 +75,14 @@ def bag_loss(
     return torch.where(mean > tiny, -mean.clamp(min=tiny).log(), 100.)
 
 def weighted_negative(
-    cls_logits:Tensor, # (E,)
-    obj_logits:Tensor, # (E,) or None
+    q:Tensor, not_q:Tensor, # (E,) score of the object's class and its complement
     w_neg:Tensor,      # (E,) w⁻, 0 ... 1, no gradient
     variant:str='released', # F(w⁻q), or 'paper': focal loss with p_t = w⁻(1-q), as Eq. 12 is printed
     gamma:float=2.,    # focal loss's γ
 )->Tensor: # (E,) >= 0
     "Negative loss of a pair for its object's class, without the factor in front."
-    if variant == 'released': return focal_negative(cls_logits, obj_logits, w_neg, gamma)
-    not_q = log_not_joint(cls_logits, obj_logits)
-    return (1 - w_neg*not_q.exp())**gamma*-(w_neg.log() + not_q).clamp(min=-100)
+    if variant == 'released': return negative_cost(q, not_q, w_neg, gamma)
+    return (1 - w_neg*not_q)**gamma*-(w_neg.log() + safe_log(not_q)).clamp(min=-100)
 
 # %% ../nbs/08_autoassign.ipynb #c023
 def center_loss(
@@ -154,7 +152,7 @@ def negatives(self:AutoAssign, preds:Predictions, pairs:Pairs):
     if not self.negative_weighting: return torch.ones_like(pairs.stride), torch.ones_like(pairs.stride)
     if self.other_objects: best = best_iou(preds, pairs.objects).view(-1)
     else:
-        around, = pairs.in_chunks(lambda at, sub: (distance_iou(sub.distances(preds), sub.targets),), self.chunk)
+        around, = pairs.in_chunks(lambda sub: (distance_iou(sub.distances(preds), sub.targets),), self.chunk)
         best = around.new_zeros(preds.n_images*preds.n_locations).scatter_reduce_(0, pairs.cell, around, 'amax')
     w = negative_weights(pairs, best.index_select(0, pairs.cell))
     stands = pairs.best_of_class(-w) if self.variant == 'paper' else pairs.last_of_class()
@@ -164,20 +162,20 @@ def negatives(self:AutoAssign, preds:Predictions, pairs:Pairs):
 @patch
 def bags(self:AutoAssign,
     preds:Predictions, pairs:Pairs,
-    cls_logits:Tensor, # (E,) of the object's class
     obj_logits:Tensor, # (B, P) or None
+    cls_logits:Tensor, # (E,) of the object's class
     w_neg:Tensor, stands:Tensor, # (E,) each: of `negatives`
 ): # (N,) mean confidence, center prior's sum, change of the dense negative term; (E,) w⁺ without gradient
     "Positive and negative sums over each object's bag."
     obj = None if obj_logits is None else pairs.gather(obj_logits[:,None])[0]
-    score = joint_score(cls_logits, obj)
+    score, not_score = scores(cls_logits, obj)
     loc = localization_confidence(pairs.distances(preds), pairs.targets, self.reg_weight)
     mu, sigma = (x.to(score.dtype).expand(self.num_classes, 2).index_select(0, pairs.objects.labels) for x in (self.mu, self.sigma))
     prior, p = pairs.gaussian(mu, sigma), score*loc
     seen = dict(joint=p, cls=score, loc=loc, none=torch.zeros_like(p))[self.confidence]
     w_pos = positive_weights(pairs, seen, torch.ones_like(prior) if self.centre == 'none' else prior, self.tau)
     if self.detach: w_pos = w_pos.detach()
-    change = weighted_negative(cls_logits, obj, w_neg, self.variant, self.gamma) - focal_negative(cls_logits, obj, gamma=self.gamma)
+    change = weighted_negative(score, not_score, w_neg, self.variant, self.gamma) - negative_cost(score, not_score, gamma=self.gamma)
     return pairs.sum(w_pos*p), pairs.sum(prior), pairs.sum(stands*change), w_pos.detach()
 
 @patch
@@ -186,8 +184,8 @@ def assign(self:AutoAssign, preds, objects, progress):
     if self.objectness == 'explicit': obj = obj.detach()
     pairs = inside_pairs(preds, objects); table = ClassTable(preds, pairs)
     w_neg, stands = self.negatives(preds, pairs)
-    part = lambda at, sub: self.bags(preds, sub, table.logits[at], obj, w_neg[at], stands[at])
-    mean, prior, change, w_pos = pairs.in_chunks(part, self.chunk)
+    part = lambda sub, *lists: self.bags(preds, sub, obj, *lists)
+    mean, prior, change, w_pos = pairs.in_chunks(part, self.chunk, table.logits, w_neg, stands)
     n, mass = (normalizer(x) for x in (prior.new_tensor(float(len(objects))), prior.sum()))
     if self.variant == 'paper': n = mass = 1.
     neg = table.negatives(obj, self.neg_weight/mass, self.gamma) + change.sum()*self.neg_weight/mass

@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from .geometry import InputError, distance_iou, distance_giou
+from .geometry import InputError, distance_ious
 from .pairs import chunk_size, Predictions, Objects, Pairs, inside_pairs, center_pairs, nearest_pairs
-from .losses import ClassTable, joint_score, log_joint, log_not_joint, focal_negative, normalizer
+from .losses import ClassTable, scores, safe_log, negative_cost, normalizer
 from .methods import Method, HeadSpec, Assignment, choice, in_range
 
 # %% ../nbs/09_dw.ipynb #c006
@@ -222,13 +222,13 @@ def bags(self:DW,
     stands:Tensor,     # (E,) 1 for one pair a location and class, the last; 0 for the others
 ): # (N,) sums of -w_pos ln s, of -w_neg ln(1-s), of FL(s, 0) and of w_reg (1-GIoU); then the (E,) weights and IoU without gradient
     "What each object's bag costs."
-    obj, dist, targets = pairs.third(preds), pairs.distances(preds), pairs.targets
-    giou, score = distance_giou(dist, targets), joint_score(cls_logits, obj)
-    iou, prior = distance_iou(dist.detach(), targets), bag_prior(pairs, *self.bag, self.sigma)
+    score, not_score = scores(cls_logits, pairs.third(preds))
+    iou, giou = distance_ious(pairs.distances(preds), pairs.targets); iou = iou.detach()
+    prior = bag_prior(pairs, *self.bag, self.sigma)
     pos, neg, reg, p_neg = self.weigh(score.detach() if self.paper else score, iou, giou.detach(), prior, pairs)
     once = 1. if self.paper else stands                              # printed: every object has its term
-    yes, no = -pos*log_joint(cls_logits, obj), -once*neg*log_not_joint(cls_logits, obj)
-    outside = stands*focal_negative(cls_logits, obj, gamma=self.gamma)
+    yes, no = -pos*safe_log(score), -once*neg*safe_log(not_score)
+    outside = stands*negative_cost(score, not_score, gamma=self.gamma)
     weights = pos, once*neg.detach(), reg, torch.ones_like(pos) if p_neg is None else p_neg, iou
     return *(pairs.sum(x) for x in (yes, no, outside, reg*(1-giou))), *weights
 
@@ -242,8 +242,8 @@ def divisors(self:DW, preds:Predictions, pairs:Pairs, stands:Tensor, reg:Tensor,
 def assign(self:DW, preds, objects, progress):
     pairs = candidates(preds, objects, *self.bag)
     table, stands = ClassTable(preds, pairs), pairs.last_of_class().to(preds.dtype)
-    part = lambda at, sub: self.bags(preds, sub, table.logits[at], stands[at])
-    yes, no, outside, box, pos, neg, reg, p_neg, iou = pairs.in_chunks(part, self.chunk)
+    part = lambda sub, *lists: self.bags(preds, sub, *lists)
+    yes, no, outside, box, pos, neg, reg, p_neg, iou = pairs.in_chunks(part, self.chunk, table.logits, stands)
     yes, no, outside, box = (x.sum() for x in (yes, no, outside, box))
     if self.paper:
         scale = 1-self.alpha

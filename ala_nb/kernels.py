@@ -137,7 +137,7 @@ def dense_pass(
     by_obj = torch.empty_like(obj)
     for block,first in zip(preds.cls_blocks, preds.class_first):
         x = (block.detach() if first else block.detach().transpose(1,2)).contiguous()    # (B, K, cells)
-        grads.append(torch.empty_like(x)); cells = x.shape[2]
+        grads.append(torch.from_numpy(np.empty(x.shape, np.float32))); cells = x.shape[2]     # numpy asks for huge pages
         for c,g,o,s in zip(x, grads[-1], obj[:,start:start+cells], by_obj[:,start:start+cells]):
             arrays = c.numpy(), o.numpy(), joint, np.float32(scale), g.numpy(), s.numpy()
             jobs += [(dense_columns, *arrays, a, min(a+LINE, cells)) for a in range(0, cells, LINE)]

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .geometry import InputError, grid_points
 
 # %% auto #0
-__all__ = ['FAR', 'CHUNK', 'Objects', 'check_shapes', 'check_finite', 'Pairs', 'extreme', 'log_gaussian', 'Predictions',
+__all__ = ['FAR', 'CHUNK', 'KEEP', 'Objects', 'check_shapes', 'check_finite', 'Pairs', 'extreme', 'log_gaussian', 'Predictions',
            'levels_from_points', 'read_grid', 'full', 'planes', 'from_maps', 'starts', 'columns_between', 'level_table',
            'rectangle_pairs', 'inside_pairs', 'center_pairs', 'nearest_on_axis', 'nearest_cells', 'nearest_pairs',
            'chunk_size']
@@ -130,12 +130,19 @@ def level(self:Pairs)->Tensor:
     return torch.bucketize(self.loc, torch.tensor(self.level_starts[1:-1], device=self.loc.device), right=True)
 
 # %% ../nbs/01_pairs.ipynb #c016
+class _Spread(torch.autograd.Function):
+    "A value an object, given to its pairs; the gradient of a spread is a sum."
+    @staticmethod
+    def forward(ctx, x, pairs): ctx.pairs = pairs; return x.index_select(0, pairs.obj)
+    @staticmethod
+    def backward(ctx, g): return ctx.pairs.sum(g), None
+
 @patch
 def spread(self:Pairs,
     per_object:Tensor, # (N, ...)
 )->Tensor: # (E, ...)
     "Give every pair its object's value."
-    return per_object.index_select(0, self.obj)
+    return _Spread.apply(per_object, self)
 
 @patch
 def sum(self:Pairs,
@@ -212,7 +219,8 @@ def log_gaussian(
     sigma, # (E, 2) or a number, strides: width
 )->Tensor: # (E,) <= 0
     "-½ Σ ((offset-μ)/σ)²."
-    return ((offsets - mu)/sigma).square().sum(-1)/-2
+    x, y = ((offsets - mu)/sigma).movedim(-1, 0).unbind()
+    return (x*x + y*y)/-2
 
 @patch
 def gaussian(self:Pairs,
@@ -220,7 +228,7 @@ def gaussian(self:Pairs,
     sigma, # (N, 2) its width, or a number; strides
 )->Tensor: # (E,) 0 ... 1
     "Center prior of every pair (AutoAssign, Eq. 2; DW, Table 4)."
-    mu, sigma = (self.spread(x) if isinstance(x, Tensor) else x for x in (mu, sigma))
+    mu, sigma = (torch.stack([self.spread(c) for c in x.t()]).t() if isinstance(x, Tensor) else x for x in (mu, sigma))
     return log_gaussian(self.offsets, mu, sigma).clamp(min=FAR).exp()
 
 # %% ../nbs/01_pairs.ipynb #c029
@@ -520,7 +528,10 @@ def best_of_class(self:Pairs,
 @patch
 def last_of_class(self:Pairs)->Tensor: # (E,) bool
     "False where a later object of the same image and class also covers the location (it overwrites, as in released code)."
-    return self.best_of_class(self.obj.to(self.points.dtype))
+    if (slots := self.class_slots()) is None: return torch.ones(len(self), dtype=torch.bool, device=self.loc.device)
+    (at, n, alone), obj = slots, self.obj.int()
+    last = obj.new_full((n,), -1).scatter_reduce_(0, at, obj, 'amax')
+    return (last.index_select(0, at) == obj) | alone
 
 # %% ../nbs/01_pairs.ipynb #c071
 @patch
@@ -528,9 +539,7 @@ def gather(self:Pairs,
     x:Tensor, # (B, C, P)
 )->Tensor: # (C, E)
     "What stands in `x` at every pair's image and location, with gradient."
-    b,c,p = x.shape
-    at = self.image*(c*p) + self.loc + p*torch.arange(c, device=x.device)[:,None]
-    return x.reshape(-1).index_select(0, at.flatten()).view(c, -1)
+    return torch.stack([plane.index_select(0, self.cell) for plane in x.transpose(0, 1).flatten(1)])
 
 @patch
 def distances(self:Pairs, preds:Predictions)->Tensor: # (E, 4) px
@@ -544,6 +553,7 @@ def third(self:Pairs, preds:Predictions)->Tensor: # (E,)
 
 # %% ../nbs/01_pairs.ipynb #c076
 CHUNK = 1<<17, 1<<21 # pairs at a time on a CPU (temporaries stay near the cache) and elsewhere
+KEEP = 1<<22         # a longer list is computed again in the backward pass
 
 def chunk_size(
     chunk, # the option: pairs at a time, or None for the default of `Pairs.chunks`
@@ -569,15 +579,18 @@ def chunks(self:Pairs,
 
 @patch
 def in_chunks(self:Pairs,
-    f,             # (slice of the pairs, Pairs) -> tuple of tensors, (e,) a pair or (n,) an object
-    size:int=None, # see `chunks`
+    f,             # (Pairs, *parts of the lists) -> tuple of tensors, (e,) a pair or (n,) an object
+    size:int,      # see `chunks`
+    *lists:Tensor, # (E,) each
 )->tuple: # of (E,) and (N,)
     "What `f` says of the whole list, with the memory of one part of it."
     chunks = self.chunks(size)
-    if len(chunks) == 1: return f(*chunks[0])
-    once = lambda at, sub: f(at, copy.copy(sub))                     # what the copy caches goes with it
-    parts = [checkpoint(once, at, sub, use_reentrant=False, preserve_rng_state=False) for at,sub in chunks]
-    return tuple(map(torch.cat, zip(*parts)))
+    if len(chunks) == 1: return f(self, *lists)
+    parts = zip((q for _,q in chunks), *(x.split([len(q) for _,q in chunks]) for x in lists))
+    once = lambda sub, *parts: f(copy.copy(sub), *parts)             # what the copy caches goes with it
+    again = functools.partial(checkpoint, once, use_reentrant=False, preserve_rng_state=False)
+    run = again if size is not None or len(self) > KEEP else once
+    return tuple(map(torch.cat, zip(*(run(*p) for p in parts))))
 
 # %% ../nbs/01_pairs.ipynb #c079
 @patch
