@@ -37,7 +37,7 @@ def pos_weight(
     "Positive weight of every candidate pair (DW, Eq. 4)."
     trust = t if prior is None else t*prior
     above = (mu*t).exp()*trust
-    if mu_below is None: return pairs.normalize(above, torch.finfo(t.dtype).tiny)      # bad boxes have t = 1e-20, and still a best one
+    if mu_below is None: return pairs.normalize(above, torch.finfo(t.dtype).tiny)      # boxes as bad as t = 1e-20 count
     return above/pairs.spread(pairs.sum((mu_below*t).exp()*trust).clamp(min=1e-12))
 
 # %% ../nbs/09_dw.ipynb #c012
@@ -161,7 +161,7 @@ class DW(Method):
     def __init__(self,
         num_classes:int,         # K
         variant:str='released',  # or 'paper': Eqs. 3-12 as printed
-        bag='soft',              # candidate bag: 'soft', ('radius', strides), ('topk', a level), ('threshold', least prior)
+        bag='soft',              # 'soft', ('radius', strides), ('topk', a level), ('threshold', least prior)
         sigma:float=None,        # width of the soft prior exp(-r²/2σ²), strides; None: 1.11 released, 0.707 paper
         beta:float=5.,           # paper's β: weight of the box in t, and of the box loss
         mu:float=5.,             # paper's μ
@@ -171,12 +171,12 @@ class DW(Method):
         negative:str='both',     # Table 5: 'both', 'probability', 'importance', 'complement', 'none'
         weighting:str='dw',      # Tables 1 and 6: 'dw', 'gfl', 'vfl', 'tood', 'musu', 'autoassign'
         refine:str=None,         # box refinement in the head: 'deform', 'bilinear' or None
-        chunk:int=None,          # pairs at a time: bounds the memory of a crowd, changes no result; None: see `Pairs.chunks`
+        chunk:int=None,          # pairs at a time, bounds a crowd's memory, changes no result; None: `Pairs.chunks`
     ):
+        choice('variant', variant, ('released','paper'))
         choice('negative', negative, NEGATIVES); choice('weighting', weighting, WEIGHTINGS)
         if negative!='both' and weighting!='dw':
             raise InputError(f"negative: {negative!r} is an option of weighting='dw'; drop one of the two")
-        choice('variant', variant, ('released','paper'))
         head = HeadSpec(cls_prior=.02, box_bias=4., box_activation='relu', third='objectness', refine=refine)
         super().__init__(num_classes, head)
         self.paper, self.negative, self.weighting, self.bag = variant=='paper', negative, weighting, read_bag(bag)
@@ -220,7 +220,7 @@ def bags(self:DW,
     preds:Predictions, pairs:Pairs,
     cls_logits:Tensor, # (E,) of the object's class
     stands:Tensor,     # (E,) 1 for one pair a location and class, the last; 0 for the others
-): # (N,) sums of -w_pos ln s, of -w_neg ln(1-s), of FL(s, 0) and of w_reg (1-GIoU); then the (E,) weights and IoU without gradient
+): # (N,) sums of -w_pos ln s, -w_neg ln(1-s), FL(s, 0), w_reg (1-GIoU); (E,) the weights and IoU, without gradient
     "What each object's bag costs."
     score, not_score = scores(cls_logits, pairs.third(preds))
     iou, giou = distance_ious(pairs.distances(preds), pairs.targets); iou = iou.detach()
@@ -248,7 +248,8 @@ def assign(self:DW, preds, objects, progress):
     if self.paper:
         scale = 1-self.alpha
         everywhere = table.negatives(preds.obj_logits, scale, self.gamma)
-        losses = dict(loss_cls_pos=yes, loss_cls_neg=no, loss_cls_out=everywhere - scale*outside, loss_reg=self.beta*box)
+        losses = dict(loss_cls_pos=yes, loss_cls_neg=no, loss_cls_out=everywhere - scale*outside,
+                      loss_reg=self.beta*box)
     else:
         n_pos, n_neg = self.divisors(preds, pairs, stands, reg, p_neg)
         cls_scale, box_scale = (1., 2.) if self.coupled else (self.alpha, self.alpha*self.beta)

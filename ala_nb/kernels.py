@@ -31,10 +31,10 @@ def compiled(
         njit = functools.partial(numba.njit, *([signature] if signature else []), error_model='numpy', **options)
         if signature is None: return njit()(f)
         try: return njit(cache=True)(f)
-        except Exception: return njit()(f)    # a kept file may be damaged, the disk full, the folder read-only: compile it anew
+        except Exception: return njit()(f)    # a damaged kept file, a full disk, a read-only folder: compile it anew
     return make
 
-# Of fast mathematics only what keeps every NaN and infinity: a multiply-add in one rounding, no -0, and (in loops) sums in any order.
+# Of fast mathematics only what keeps NaN and infinity: a multiply-add in one rounding, no -0, sums in any order.
 number = compiled(fastmath={'contract','nsz'}, inline='never')
 loop = functools.partial(compiled, nogil=True, fastmath={'contract','nsz','reassoc'})
 
@@ -133,11 +133,13 @@ def dense_pass(
 ): # value 0-dim; gradients of `preds.cls_blocks` (list) and of `obj_logits` (B, P), or None
     "scale · Σ q²·-log(1-q) over all locations and classes, with its gradients, in one pass."
     joint, grads, jobs, start = obj_logits is not None, [], [], 0
-    obj = obj_logits.detach().contiguous() if joint else preds.cls_blocks[0].new_zeros(preds.n_images, preds.n_locations)
+    shape = preds.n_images, preds.n_locations
+    obj = obj_logits.detach().contiguous() if joint else preds.cls_blocks[0].new_zeros(shape)
     by_obj = torch.empty_like(obj)
     for block,first in zip(preds.cls_blocks, preds.class_first):
         x = (block.detach() if first else block.detach().transpose(1,2)).contiguous()    # (B, K, cells)
-        grads.append(torch.from_numpy(np.empty(x.shape, np.float32))); cells = x.shape[2]     # numpy asks for huge pages
+        cells = x.shape[2]
+        grads.append(torch.from_numpy(np.empty(x.shape, np.float32)))   # numpy asks for huge pages
         for c,g,o,s in zip(x, grads[-1], obj[:,start:start+cells], by_obj[:,start:start+cells]):
             arrays = c.numpy(), o.numpy(), joint, np.float32(scale), g.numpy(), s.numpy()
             jobs += [(dense_columns, *arrays, a, min(a+LINE, cells)) for a in range(0, cells, LINE)]
@@ -161,8 +163,8 @@ class _Read(torch.autograd.Function):
         job = ctx.job
         if g_token is None: grads = [torch.zeros_like(b) for b in ctx.saved_tensors]
         else:
-            grads = job.waiting if job.waiting is not None else dense_pass(job.preds, job.obj, job.scale)[1]   # a second backward pass
-            job.waiting = None
+            grads, job.waiting = job.waiting, None
+            if grads is None: grads = dense_pass(job.preds, job.obj, job.scale)[1]           # a second backward pass
             if g_token != 1: grads = [g.mul_(g_token) for g in grads]
         if g_logits is not None:
             for g,(to,at) in zip(grads, job.at): g.view(-1).index_add_(0, at, g_logits.index_select(0, to))

@@ -77,7 +77,8 @@ def quality_focal(
     gamma:float=2., # the paper's β
 )->Tensor: # (E,), >= 0
     "Quality focal loss |y-p|^γ · BCE(p, y)."
-    return (target - torch.sigmoid(logits)).abs()**gamma*F.binary_cross_entropy_with_logits(logits, target, reduction='none')
+    gap = (target - torch.sigmoid(logits)).abs()
+    return gap**gamma*F.binary_cross_entropy_with_logits(logits, target, reduction='none')
 
 def varifocal_positive(
     logits:Tensor, # (E,)
@@ -135,7 +136,7 @@ def own_logits(
 def kernel(
     preds:Predictions, # their device and dtype decide
 ):
-    "`ala_nb.kernels`, if it can do the dense term of these predictions; None where it cannot, or is switched off by ALA_KERNELS=0."
+    "`ala_nb.kernels`, if it can do the dense term of these predictions; None if not, or switched off by ALA_KERNELS=0."
     if os.environ.get('ALA_KERNELS', '1') == '0': return None
     kernels = importlib.import_module('ala_nb.kernels')
     return kernels if kernels.serves(preds) else None

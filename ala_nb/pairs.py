@@ -62,8 +62,8 @@ def check_shapes(targets:Sequence[dict])->None:
     if len(targets) == 0: raise InputError("targets: an empty list; give one dict an image")
     for i,t in enumerate(targets):
         b, l = torch.as_tensor(t['boxes']), torch.as_tensor(t['labels'])
-        if b.ndim != 2 and b.numel() or b.numel() != 4*len(l): raise InputError(
-            f"targets[{i}]: boxes {tuple(b.shape)} and labels {tuple(l.shape)} do not fit; give boxes (G, 4) and labels (G,)")
+        if b.ndim != 2 and b.numel() or b.numel() != 4*len(l): raise InputError(f"targets[{i}]: boxes {tuple(b.shape)} "
+            f"and labels {tuple(l.shape)} do not fit; give boxes (G, 4) and labels (G,)")
 
 def check_finite(objects:Objects)->None:
     "`InputError` that names the first box which is not finite."
@@ -177,7 +177,7 @@ def mean(self:Pairs, x:Tensor)->Tensor:
 
 @patch
 def std(self:Pairs, x:Tensor, unbiased:bool=True)->Tensor:
-    "Standard deviation (N,) of `x` (E,) over each object's bag, divided by n-1 if `unbiased`; 0 for bags of one or none."
+    "Standard deviation (N,) of `x` (E,) over each bag, divided by n-1 if `unbiased`; 0 for bags of one or none."
     dev = x - self.spread(self.mean(x))
     var = self.sum(dev*dev)/(self.lengths-int(unbiased)).clamp(min=1).to(x)
     positive = var > 0                                    # sqrt has no finite slope at 0
@@ -197,7 +197,7 @@ def softmax(self:Pairs, x:Tensor)->Tensor:
 # %% ../nbs/01_pairs.ipynb #c023
 @patch
 def rank(self:Pairs, x:Tensor)->Tensor:
-    "Rank (E,) int64 of each pair within its object's bag by `x` (E,), 0 the largest; ties to the pair that comes first."
+    "Rank (E,) int64 of each pair within its bag by `x` (E,), 0 the largest; ties to the pair that comes first."
     order = x.detach().sort(descending=True, stable=True)[1]
     order = order[self.obj[order].sort(stable=True)[1]]               # by object, largest first
     first = self.lengths.cumsum(0)-self.lengths
@@ -211,7 +211,7 @@ def topk(self:Pairs, x:Tensor, k:int)->Tensor:
     return self.rank(x) < k
 
 # %% ../nbs/01_pairs.ipynb #c026
-FAR = -60. # floor of log G: e^-60 is as good as 0, and a CPU's exp is ten times slower where float32 cannot hold the result in full
+FAR = -60. # floor of log G: as good as 0. A CPU's exp is ten times slower where float32 cannot hold the result in full
 
 def log_gaussian(
     offsets:Tensor, # (E, 2) location minus object center, strides, x then y
@@ -244,8 +244,8 @@ class Predictions:
         property_logits:Tensor=None, # (B, 2, Hp, Wp) ALA's property branch: 0 foreground, 1 background
         pooled:Tensor=None, # (B, L, C) globally pooled features, one row a level
     ):
-        sizes, steps, offset = read_grid(cls_logits, distances, points, strides, obj_logits, level_sizes)
-        self._set([cls_logits.contiguous()], [False], (sizes, steps, offset), (points, strides), property_logits, pooled)
+        levels = read_grid(cls_logits, distances, points, strides, obj_logits, level_sizes)
+        self._set([cls_logits.contiguous()], [False], levels, (points, strides), property_logits, pooled)
         self._cls, self._distances, self.obj_logits = cls_logits, distances, obj_logits
 
     def _set(self, blocks, class_first, levels, grid, property_logits, pooled):
@@ -262,7 +262,8 @@ class Predictions:
     device = property(lambda self: self.cls_blocks[0].device)
     dtype = property(lambda self: self.cls_blocks[0].dtype, doc="dtype of the class logits")
 
-    def __repr__(self): return f'Predictions({self.n_images} images, {self.n_locations} locations, {self.n_classes} classes)'
+    def __repr__(self):
+        return f'Predictions({self.n_images} images, {self.n_locations} locations, {self.n_classes} classes)'
 
 # %% ../nbs/01_pairs.ipynb #c031
 def levels_from_points(
@@ -277,8 +278,8 @@ def levels_from_points(
 def read_grid(cls_logits, distances, points, strides, obj_logits, level_sizes):
     "Level sizes, level strides and offset of flat predictions; `InputError` where shapes or points do not fit."
     b,p,k = cls_logits.shape
-    want = dict(distances=(distances,(b,p,4)), points=(points,(p,2)), strides=(strides,(p,)), obj_logits=(obj_logits,(b,p)))
-    for name,(x,shape) in want.items():
+    for name,x,shape in (('distances',distances,(b,p,4)), ('points',points,(p,2)), ('strides',strides,(p,)),
+                         ('obj_logits',obj_logits,(b,p))):
         if x is not None and tuple(x.shape) != shape:
             raise InputError(f"{name}: shape {tuple(x.shape)}, but cls_logits {(b,p,k)} asks for {shape}")
     sizes, steps = levels_from_points(points, strides) if p else ([], [])
@@ -363,7 +364,7 @@ def columns_between(
     "Indices i of 0 ... n-1 with lo < (i+offset)*stride < hi."
     first, last = (lo/stride-offset).floor()+1, (hi/stride-offset).ceil()-1
     at = lambda i: (i+offset)*stride
-    first = first + (at(first) <= lo).to(lo); first = first - (at(first-1) > lo).to(lo)     # agree with the comparison itself
+    first = first + (at(first) <= lo).to(lo); first = first - (at(first-1) > lo).to(lo)    # as the comparison
     last = last - (at(last) >= hi).to(lo);    last = last + (at(last+1) < hi).to(lo)
     first = first.clamp(min=0).minimum(n.to(lo)); last = last.minimum(n.to(lo)-1)
     return first.long(), (last-first+1).clamp(min=0).long()
@@ -371,14 +372,15 @@ def columns_between(
 # %% ../nbs/01_pairs.ipynb #c042
 @functools.lru_cache(maxsize=16)
 def level_table(sizes:tuple, strides:tuple, device, dtype):
-    "The levels as tensors: (L, 2) int64 heights and widths, (L,) strides, (L,) int64 first location. Shared: not to be changed."
-    first = starts(h*w for h,w in sizes)[:-1]
-    return torch.tensor(sizes, device=device).view(-1, 2), torch.tensor(strides, device=device, dtype=dtype), torch.tensor(first, device=device)
+    "(L, 2) int64 heights and widths of the levels, (L,) strides, (L,) int64 first location. Shared: not to be changed."
+    make = functools.partial(torch.tensor, device=device)
+    return make(sizes).view(-1, 2), make(strides, dtype=dtype), make(starts(h*w for h,w in sizes)[:-1])
 
 @patch
 def levels(self:Predictions, dtype:torch.dtype=None)->tuple:
     "`level_table` of these levels; strides of the points' dtype by default."
-    return level_table(tuple(map(tuple, self.level_sizes)), tuple(self.level_strides), self.points.device, dtype or self.points.dtype)
+    sizes, points = tuple(map(tuple, self.level_sizes)), self.points
+    return level_table(sizes, tuple(self.level_strides), points.device, dtype or points.dtype)
 
 # %% ../nbs/01_pairs.ipynb #c043
 def rectangle_pairs(
@@ -448,12 +450,12 @@ def nearest_on_axis(
     offset:float,  # in strides
     n:Tensor,      # (L,) or broadcastable to (..., N, L), int64, cells along this axis
     k:int,
-): # index (..., N, L, k) int64 and distance (..., N, L, k) px, nearest first; infinitely far where there are fewer cells
+): # index (..., N, L, k) int64 and distance (..., N, L, k) px, nearest first; infinitely far beyond the grid
     "The k grid lines of each level nearest to each center along one axis; ties to the lower index."
     nearest = (center[...,None]/stride - offset).round().clamp(min=0).minimum(n-1).long()
     i = nearest[...,None] + torch.arange(-k, k+1, device=center.device)       # the k nearest are among these, in order
-    away = ((i+offset)*stride[:,None] - center[...,None,None]).abs().masked_fill((i < 0) | (i >= n[...,None]), torch.inf)
-    away, order = away.sort(dim=-1, stable=True)
+    away = ((i+offset)*stride[:,None] - center[...,None,None]).abs()
+    away, order = away.masked_fill((i < 0) | (i >= n[...,None]), torch.inf).sort(dim=-1, stable=True)
     return i.gather(-1, order)[...,:k], away[...,:k]
 
 def nearest_cells(
@@ -505,29 +507,28 @@ def winners(self:Pairs,
 # %% ../nbs/01_pairs.ipynb #c068
 @patch
 def class_slots(self:Pairs):
-    "(E,) slot of each pair's (image, class, location), how many slots there are, and (E,) which pairs have no rival. None: none has."
+    "(E,) slot of each pair's (image, class, location), their number, (E,) which pairs have no rival. None: none has."
     o, p = self.objects, self.n_locations
     if len(self)==0: return None
-    key = o.image*(o.labels.max()+1) + o.labels
-    _, group, count = key.unique(return_inverse=True, return_counts=True)
+    _, group, count = (o.image*(o.labels.max()+1) + o.labels).unique(return_inverse=True, return_counts=True)
     shared = count > 1
     n = int(shared.sum())
     if n == 0: return None
-    number = torch.where(shared, shared.cumsum(0)-1, n)           # groups of two and more from 0; all others share a row of no use
+    number = torch.where(shared, shared.cumsum(0)-1, n)      # groups of two and more; all others share a row of no use
     return self.spread(number.index_select(0, group)*p) + self.loc, (n+1)*p, self.spread(~shared.index_select(0, group))
 
 @patch
 def best_of_class(self:Pairs,
     priority:Tensor, # (E,) the higher the better
 )->Tensor: # (E,) bool, one pair of each image, class and location
-    "True for the pair with the highest priority among those of its image, class and location; ties to the object that comes first."
+    "True for the highest priority among the pairs of an image, class and location; ties to the first object."
     if (slots := self.class_slots()) is None: return torch.ones(len(self), dtype=torch.bool, device=self.loc.device)
     at, n, alone = slots
     return self.winners(priority, slots=(at, n)) | alone
 
 @patch
 def last_of_class(self:Pairs)->Tensor: # (E,) bool
-    "False where a later object of the same image and class also covers the location (it overwrites, as in released code)."
+    "False where a later object of the image and class also covers the location (it overwrites, as in released code)."
     if (slots := self.class_slots()) is None: return torch.ones(len(self), dtype=torch.bool, device=self.loc.device)
     (at, n, alone), obj = slots, self.obj.int()
     last = obj.new_full((n,), -1).scatter_reduce_(0, at, obj, 'amax')
@@ -595,7 +596,7 @@ def in_chunks(self:Pairs,
 # %% ../nbs/01_pairs.ipynb #c079
 @patch
 def full_precision(self:Predictions)->Predictions:
-    "The same predictions with half and bfloat16 tensors as float32 (float64 stays); points and strides in the logits' dtype."
+    "The same with half and bfloat16 tensors as float32 (float64 stays); points and strides in the logits' dtype."
     out = copy.copy(self)
     out.cls_blocks, flat = [full(b) for b in self.cls_blocks], len(self.cls_blocks) == 1 and not self.class_first[0]
     out._cls = out.cls_blocks[0] if flat else None     # a flat block is the table itself; of maps it is made when asked
