@@ -239,6 +239,7 @@ STOPS = [getattr(signal, n) for n in ('SIGINT','SIGTERM','SIGHUP','SIGUSR1') if 
 class Stop:
     "While it is open, the signals of `STOPS` set `.signal`; inside `at_once()`, and at a second Ctrl-C, they raise KeyboardInterrupt."
     signal, now, since = None, False, 0.
+    def __init__(self, alone:bool=True): self.alone = alone   # with other processes, all end together after a step
     def __enter__(self):
         self.pid, self.old = os.getpid(), {}
         if threading.current_thread() is not threading.main_thread(): return self    # nobody else may set handlers
@@ -256,8 +257,8 @@ class Stop:
     @contextlib.contextmanager
     def at_once(self):
         "Inside, a signal raises KeyboardInterrupt; so does one that came before."
-        self.now = True
+        self.now = self.alone
         try:
-            if self.signal: raise KeyboardInterrupt
+            if self.now and self.signal: raise KeyboardInterrupt
             yield
         finally: self.now = False
