@@ -305,12 +305,14 @@ def predict_dataset(
     device=None,        # None: where the model is
     progress:bool=False, # with a progress bar, if the terminal can show one
     category_ids=None,  # label -> category id of the results; default the data set's own
+    rank:int=0, world_size:int=1, # this process among those that share the images
     **how,              # nms, score_threshold, nms_threshold, max_detections in place of the model's
 )->list: # COCO results in pixels of the original images
     "A detector's results on a data set."
     from tqdm import tqdm
     device = next(model.parameters()).device if device is None else torch.device(device)
-    loader = make_loader(ds, batch_size, train=False, transforms=eval_transforms() if transforms is None else transforms, workers=workers)
+    loader = make_loader(ds, batch_size, train=False, transforms=eval_transforms() if transforms is None else transforms, workers=workers,
+                         rank=rank, world_size=world_size)
     training, results, detect = model.training, [], detecting(model, **how)
     model.to(device).eval()
     try:
