@@ -91,7 +91,7 @@ def center_loss(
 )->Tensor: # 0-dim
     "The release's third loss: objects over summed prior, mean over images (0 without any location). It keeps σ wide."
     mass = prior.new_zeros(objects.n_images).index_add(0, objects.image, prior)
-    return torch.where(mass > 0, objects.counts/mass.clamp(min=EPS), 0.).mean()
+    return torch.where(mass > 0, objects.counts/mass.clamp(min=EPS), 0.).sum()/normalizer(mass.new_tensor(float(objects.n_images)))
 
 def explicit_objectness(
     obj_logits:Tensor, # (B, P)

@@ -774,7 +774,7 @@ class BatchOrder(Sampler):
     "Batches of (epoch, index) for an epoch, a pure function of (seed, epoch); `start` batches are skipped, once."
     def __init__(self,
         sizes,           # [(H, W), ...] of the images
-        batch_size:int,  # images a batch and process
+        batch_size:int,  # images a batch, of all processes together
         shuffle:bool,    # training: a new order each epoch. Otherwise by shape and index
         seed:int=0,
         group:bool=True, # put images of like shape together
@@ -787,7 +787,7 @@ class BatchOrder(Sampler):
         self.batch_size, self.shuffle, self.seed, self.drop_last = batch_size, shuffle, seed, drop_last
         self.rank, self.world_size, self.epoch, self.start = rank, world_size, 0, 0
     def batches(self, epoch):
-        "This process's batches of an epoch: a list of lists of indices."
+        "This process's share of an epoch's batches, a list of lists of indices: every W-th image in training, every W-th batch in evaluation."
         n, b, bits = len(self.bin), self.batch_size, Bits(self.seed, 0, epoch)
         order = bits.permutation(n) if self.shuffle else np.arange(n)
         full, rest = [], []
@@ -796,9 +796,7 @@ class BatchOrder(Sampler):
             full += mine[:cut].reshape(-1,b).tolist(); rest += mine[cut:].tolist()
         if not (self.drop_last and full): full += [rest[i:i+b] for i in range(0, len(rest), b)]
         if self.shuffle:
-            full = [full[i] for i in bits.permutation(len(full))]
-            # processes that train together make equally many steps
-            if (short := -len(full)%self.world_size): full += (full*self.world_size)[:short]
+            return [full[i][self.rank::self.world_size] for i in bits.permutation(len(full))]        # may be empty: all make the same steps
         return full[self.rank::self.world_size]
     def __len__(self): return len(self.batches(0))
     def __iter__(self):
@@ -808,6 +806,7 @@ class BatchOrder(Sampler):
 # %% ../nbs/04_data.ipynb #c096
 def collate(items):
     "(list of images, list of targets), or the first error among the items."
+    if not items: return [], []
     bad = next((x for x in items if isinstance(x, Exception)), None)
     return str(bad) if bad is not None else tuple(map(list, zip(*items)))
 
@@ -911,14 +910,14 @@ class Loader(DataLoader):
 # %% ../nbs/04_data.ipynb #c096f
 def make_loader(
     ds:DetectionDataset, # images and boxes
-    batch_size:int,      # images a batch (and process)
+    batch_size:int,      # images a batch, of all processes together
     train:bool=False,    # shuffle, and move the boxes of crowd objects from the targets' `boxes` to `ignore` (M,4)
     transforms=None,     # a `Transforms`, or any v2 transform of (image, target)
     seed:int=0,          # all chance comes from (seed, epoch, index)
     workers:int=0,       # processes that load; 0: this one
     group:bool=True,     # batches of images of like shape
     drop_last:bool=False, # leave out images that do not fill a batch
-    rank:int=0, world_size:int=1, # this process among those that train together
+    rank:int=0, world_size:int=1, # this process among those that share the work
     pin_memory:bool=False, # page-locked batches, for a GPU
 )->Loader:
     "Batches for training or evaluation; the same ones with any number of workers."

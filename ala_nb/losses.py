@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['scores', 'joint_score', 'log_joint', 'safe_log', 'log_not_joint', 'focal_positive', 'negative_cost', 'focal_negative',
-           'quality_focal', 'varifocal_positive', 'normalizer', 'dense_negative', 'obj_blocks', 'own_logits', 'kernel',
-           'ClassTable']
+           'quality_focal', 'varifocal_positive', 'uncounted', 'normalizer', 'dense_negative', 'obj_blocks',
+           'own_logits', 'kernel', 'ClassTable']
 
 # %% ../nbs/02_losses.ipynb #c002
-import importlib, os
+import contextlib, importlib, os
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -88,15 +88,25 @@ def varifocal_positive(
     return target*F.binary_cross_entropy_with_logits(logits, target, reduction='none')
 
 # %% ../nbs/02_losses.ipynb #c017
+_counts = [1.]                     # 0 while this process computes an image that is none
+
+@contextlib.contextmanager
+def uncounted():
+    "Inside, this process adds nothing to what `normalizer` counts: its share of the batch is empty."
+    _counts[0] = 0.
+    try: yield
+    finally: _counts[0] = 1.
+
 def normalizer(
     count:Tensor, # 0-dim: objects, positives or summed weights of this process's batch
     floor:float=1., # smallest divisor
 )->Tensor: # 0-dim, no gradient
-    "The divisor of a loss: `count` averaged over all processes, at least `floor`."
+    "The divisor of a loss: `count` of all processes, at least `floor`, divided among them (their gradients will be averaged)."
     count = torch.as_tensor(count).detach()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        count = count.clone().float() if not count.is_floating_point() else count.clone()
-        torch.distributed.all_reduce(count); count = count/torch.distributed.get_world_size()
+        count = (count.clone() if count.is_floating_point() else count.float())*_counts[0]
+        torch.distributed.all_reduce(count)
+        return count.clamp(min=floor)/torch.distributed.get_world_size()
     return count.clamp(min=floor)
 
 # %% ../nbs/02_losses.ipynb #c020

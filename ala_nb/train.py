@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FOLDER', 'GROUPS', 'SHAPES_METHODS', 'METRICS', 'TIMES', 'STORED', 'PARTS', 'LIVE', 'knob', 'Config', 'parse_bool',
            'argument', 'make_parser', 'suggest', 'no_option', 'check_number', 'check_knob', 'as_options', 'recipe',
-           'as_config', 'lr_factor', 'param_groups', 'make_optimizer', 'update_ema', 'say', 'Run', 'is_main',
-           'with_objects', 'first', 'open_data', 'make_model', 'dry_run', 'model_of', 'keep_memory', 'set_up', 'is_run',
-           'new_folder', 'take_folder', 'read_run', 'write_config', 'made_of', 'absolute', 'make_run',
-           'save_run_weights', 'save_checkpoint', 'check_made', 'check_numbers', 'check_optimizer', 'take_state',
-           'start', 'resume', 'go_on', 'NonFinite', 'name_images', 'to_device', 'check_finite', 'single_value',
+           'as_config', 'lr_factor', 'param_groups', 'make_optimizer', 'update_ema', 'say', 'Run', 'with_objects',
+           'first', 'open_data', 'make_model', 'dry_run', 'model_of', 'keep_memory', 'set_up', 'is_run', 'new_folder',
+           'take_folder', 'read_run', 'write_config', 'made_of', 'absolute', 'make_run', 'save_run_weights',
+           'save_checkpoint', 'check_made', 'check_numbers', 'check_optimizer', 'take_state', 'start', 'resume',
+           'go_on', 'NonFinite', 'name_images', 'to_device', 'share', 'not_finite', 'check_finite', 'single_value',
            'forward_backward', 'validate', 'clock', 'Progress', 'describe', 'steps', 'note', 'write_row', 'every',
            'checkpoint_due', 'set_lr', 'stopped', 'warn', 'train', 'take', 'save_pictures', 'finish', 'parse',
-           'none_words', 'one_line', 'main']
+           'none_words', 'one_line', 'restarted', 'main']
 
 # %% ../nbs/16_train.ipynb #c002
 import argparse, contextlib, copy, csv, ctypes, dataclasses, difflib, itertools, json, math, numbers, os, platform, random, sys, time
@@ -45,7 +45,7 @@ class Config:
     flip:float          = knob(.5, 'probability of a horizontal flip', lo=0, hi=1)
     photometric:bool    = knob(False, 'distort colours in training')
     group:bool          = knob(True, 'batch images of like aspect ratio')
-    workers:int         = knob(0, 'processes that load images; 0 loads in the training process', lo=0, hi=1024, live=True)
+    workers:int         = knob(0, 'processes that load images, for each training process; 0 loads in the training process', lo=0, hi=1024, live=True)
     #: Detector
     method:str          = knob('fcos', 'label assignment: fcos, atss, ciou_atss, autoassign, dw, poto, o2f, ala, or a class of your own, package.module:Class')
     method_options:dict = knob(dict, 'options of the method, key=value (variant=paper K=7)')
@@ -57,7 +57,7 @@ class Config:
     #: Budget and optimiser
     epochs:int          = knob(14, 'passes over the training images', above=0)
     steps:int           = knob(0, 'optimiser steps; above 0 it takes the place of --epochs', lo=0)
-    batch_size:int      = knob(8, 'images in a forward pass', above=0)
+    batch_size:int      = knob(8, 'images in a forward pass, of all processes together', above=0)
     accumulate:int      = knob(1, 'forward passes in an optimiser step', above=0)
     optimizer:str       = knob('adamw', 'optimiser', choices=('sgd','adamw'))
     lr:float            = knob(3e-3, 'highest learning rate', above=0, hi=1e30)
@@ -75,6 +75,7 @@ class Config:
     compile:bool        = knob(False, 'torch.compile the network')
     channels_last:bool  = knob(False, 'channels-last memory format')
     threads:int         = knob(0, 'CPU threads; 0 leaves it to torch, but takes 1 for tiny on shapes (the number taken is stored)', lo=0, hi=1024, live=True)
+    sync_bn:bool        = knob(False, 'batch normalisation over all GPUs of a training')
     seed:int            = knob(0, 'seed of initial weights, data order and augmentation', lo=0)
     deterministic:bool  = knob(False, 'deterministic algorithms on the GPU too (slower; the CPU always is)')
     #: Output
@@ -135,11 +136,14 @@ from torch import nn
 from tqdm import tqdm
 import ala_nb
 from .geometry import InputError
+from .losses import uncounted
 from .methods import method_class, method_options
 from .files import error_text
 from .data import Items, LoaderDied, eval_transforms, load_dataset, make_loader, need_objects, opening, train_transforms
 from .detector import Detector, load_detector, save_weights
 from .evaluate import Parser, coco_table, evaluate_coco, nobody_reads, parse_pair, pick_device, predict_dataset, underscored
+from ala_nb.processes import (anyone, average, everyone, first_does, hold, is_main, leave, parallel, rank, same_buffers, together,
+    world_size)
 from .runs import (Interrupted, Stop, Table, brief, check_same, free_folder, leftovers, load_state, own_folder, owning, read_state, rng_state,
     save_tensors, set_rng_state, write_atomic, writing)
 
@@ -279,6 +283,7 @@ class Run:
     val_set:object           # None without evaluations
     loader:object
     model:nn.Module
+    parallel:nn.Module       # the model, or the one that averages its gradients over processes
     ema:nn.Module            # None without averaging
     optimizer:torch.optim.Optimizer
     scaler:torch.amp.GradScaler
@@ -307,10 +312,6 @@ class Run:
     @property
     def epoch(self): return self.step/self.per_epoch
 
-def is_main() -> bool:
-    "Whether this process is the one that writes and prints."
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_rank() == 0
-
 # %% ../nbs/16_train.ipynb #c042
 def with_objects(ds, n:int) -> list: # of indices
     "The first `n` images that have objects to learn from."
@@ -338,7 +339,7 @@ def open_data(c:Config, device:torch.device) -> tuple: # training set, validatio
     same = {} if c.data == 'shapes' else dict(classes=train.classes)                    # labels mean the same in both splits
     try: val = first(load_dataset(c.data, c.val_split, **{**c.data_options, **same}), c.val_images) if c.eval_every else None
     except InputError as e: raise InputError(f'{e} (--val_split names another split, --eval_every 0 trains without one)') from None
-    return train, val, make_loader(train, c.batch_size, train=True, transforms=change, seed=c.seed, workers=c.workers, group=c.group,
+    return train, val, make_loader(train, c.batch_size, train=True, transforms=change, seed=c.seed, workers=c.workers, group=c.group, rank=rank(), world_size=world_size(),
                                    pin_memory=device.type == 'cuda')
 
 def make_model(c:Config, num_classes:int) -> Detector:
@@ -374,6 +375,7 @@ def keep_memory():
 
 def set_up(c:Config) -> torch.device:
     "Seeds, threads, determinism; the device."
+    if c.batch_size < world_size(): raise InputError(f'--batch_size {c.batch_size} is less than the {world_size()} processes; it counts the images of all of them')
     if c.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True); torch.backends.cudnn.benchmark = False
@@ -458,11 +460,13 @@ def make_run(
     if not stored: dry_run(model)
     model = model.to(device); model.classes = list(train_set.classes)
     ema = copy.deepcopy(model).requires_grad_(False) if c.ema else None
+    if c.sync_bn and device.type != 'cuda': raise InputError('--sync_bn works on GPUs only; leave it out')
+    if c.sync_bn and world_size() > 1: model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if c.compile: model.compile_network()
     threads = c.threads or torch.get_num_threads()
     c = dataclasses.replace(c, out=str(path), threads=threads, data=absolute(c.data), weights=absolute(c.weights))
     per_epoch = math.ceil(len(loader)/c.accumulate)
-    return Run(c, path, device, train_set, val_set, loader, model.train(), ema, make_optimizer(model, c),
+    return Run(c, path, device, train_set, val_set, loader, model.train(), parallel(model), ema, make_optimizer(model, c),
                torch.amp.GradScaler(device.type, enabled=c.amp == 'fp16'), Table(path/'metrics.csv'),
                per_epoch, c.steps or c.epochs*per_epoch)
 
@@ -472,11 +476,13 @@ PARTS = 'model', 'ema', 'optimizer', 'scaler'
 
 def save_run_weights(run:Run, which:str) -> None: # 'last' or 'best'
     "The weights that are evaluated, for whoever uses the detector."
+    if not is_main(): return
     path = run.path/f'{which}.safetensors'
     with writing(path): save_weights(run.weights, path)
 
 def save_checkpoint(run:Run) -> None:
     "`last.safetensors` for whoever uses the detector, `state.pt` for whoever goes on."
+    if not is_main(): run.saved = run.step; return                  # the others would write the same
     state = {k: getattr(run, k) for k in STORED}
     for k in PARTS: state[k] = None if getattr(run, k) is None else getattr(run, k).state_dict()
     state |= dict(rng=rng_state(), made=made_of(run))
@@ -544,10 +550,10 @@ def take_state(run:Run, state:dict) -> None:
 # %% ../nbs/16_train.ipynb #c046c
 def start(c:Config) -> Run:
     "A new run, in its folder."
-    run = make_run(c, new_folder(c))                                         # all that can be wrong is found before anything is made
-    path = take_folder(c)
+    run = make_run(c, first_does(lambda: new_folder(c)))                     # all that can be wrong is found before anything is made
+    path = first_does(lambda: take_folder(c))
     run.path, run.table, run.config = path, Table(path/'metrics.csv'), dataclasses.replace(run.config, out=str(path))
-    write_config(run); save_checkpoint(run)
+    first_does(lambda: (write_config(run), save_checkpoint(run)) and None)
     return run
 
 def resume(
@@ -560,7 +566,7 @@ def resume(
     fixed = set(live) - set(LIVE) | set(live) & {'out'}
     if fixed: raise InputError(f'{fixed.pop()} cannot change when a run is resumed; start a new one, '
                                f'with --weights {path/"last.safetensors"} for its weights')
-    own_folder(path)
+    first_does(lambda: own_folder(path))
     try: return go_on(path, stored, live, log)
     except BaseException: free_folder(path); raise
 
@@ -575,9 +581,11 @@ def go_on(path, stored, live, log) -> Run:
     if (list(run.train_set.classes), len(run.train_set)) != (stored['classes'], stored['images']):
         raise InputError(f'{run.config.data} has changed since the run began: it had {stored["images"]} images of {stored["classes"]}')
     if state is not None: take_state(run, state)
-    for part in leftovers(run.path): part.unlink()
-    if 'data' in live: write_config(run)                                     # evaluation looks there as well
-    run.table.cut(run.step - run.pending if state else 0)
+    def tidy():
+        for part in leftovers(run.path): part.unlink()
+        if 'data' in live: write_config(run)                                 # evaluation looks there as well
+        run.table.cut(run.step - run.pending if state else 0)
+    first_does(tidy)
     return run
 
 # %% ../nbs/16_train.ipynb #c048
@@ -590,17 +598,28 @@ def to_device(images, targets, device) -> tuple:
     move = lambda x: x.to(device, non_blocking=True) if torch.is_tensor(x) else x
     return [move(i) for i in images], [{k: move(v) for k,v in t.items()} for t in targets]
 
-def check_finite(run:Run, batches:list, losses:list, norm:float) -> None:
-    "Stop if a loss or the gradient is not finite; `losses` are one dict for each batch."
-    def stop(what, targets): raise NonFinite(
-        f'step {run.step + 1}: {what}, images {name_images(targets)}; the last good checkpoint is {run.path/"last.safetensors"} '
-        f'(step {run.saved}); try a lower --lr or a longer --warmup, or look at these images')
+def share(run:Run, images, targets) -> tuple: # images, targets, 1 or 0: what their losses count
+    "This process's share of a batch; where it is empty, a blank image that counts for nothing, because all processes must compute."
+    if images: return *to_device(images, targets, run.device), 1.
+    side = max(64, *run.model.strides)
+    return *to_device([torch.zeros(3,side,side)], [dict(boxes=torch.zeros(0,4), labels=torch.zeros(0, dtype=torch.long))], run.device), 0.
+
+def not_finite(run:Run, batches:list, losses:list, norm:float) -> str: # '' if all is well
+    "What is not finite in this process's share of a step, with the names of its images; `losses` are one dict for each batch."
     for (_,targets),values in zip(batches, losses):
         for k,v in values.items():
-            if not math.isfinite(v): stop(f'{k} is {v}', targets)
-    if not math.isfinite(norm) and run.scaler.get_scale() <= 1:         # in float16 the scaler skips the step and halves its scale
-        name = next((n for n,p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), 'all of them')
-        stop(f'the gradient of {name} is not finite', [t for _,targets in batches for t in targets])
+            if not math.isfinite(v): return f'{k} is {v}, images {name_images(targets)}'
+    if math.isfinite(norm) or run.scaler.get_scale() > 1: return ''     # in float16 the scaler skips the step and halves its scale
+    name = next((n for n,p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), 'all of them')
+    return f'the gradient of {name} is not finite, images {name_images(t for _,targets in batches for t in targets)}'
+
+def check_finite(run:Run, batches:list, losses:list, norm:float, all_losses:list) -> None:
+    "Stop, in all processes, if a loss or the gradient is not finite in one of them."
+    if all(map(math.isfinite, [*all_losses, norm])) or math.isfinite(sum(all_losses)) and run.scaler.get_scale() > 1: return
+    said = filter(None, everyone(not_finite(run, batches, losses, norm)))
+    what = min(said, key=lambda text: text.startswith('the gradient'))      # a loss says more, and which process had it
+    raise NonFinite(f'step {run.step + 1}: {what}; the last good checkpoint is {run.path/"last.safetensors"} '
+                    f'(step {run.saved}); try a lower --lr or a longer --warmup, or look at these images')
 
 @contextlib.contextmanager
 def single_value(run:Run):
@@ -614,32 +633,37 @@ def single_value(run:Run):
 # %% ../nbs/16_train.ipynb #c049
 def forward_backward(
     run:Run,
-    batches:list, # [(images, targets), ...] of one optimiser step
+    batches:list, # [(images, targets), ...] of one optimiser step, this process's share of them
 )->tuple: # losses, mean over the batches (dict of float); norm of the gradient before clipping (float)
-    "Leaves the clipped gradient of the mean loss in the parameters."
+    "Leaves the clipped gradient of the mean loss in the parameters; the same in all processes."
     c, progress, names, values = run.config, run.step/max(run.total - 1, 1), None, []
-    for images,targets in batches:
-        images, targets = to_device(images, targets, run.device)
-        with single_value(run), torch.autocast(run.device.type, {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(c.amp), enabled=c.amp != 'off'):
-            losses = run.model(images, targets, progress=progress)
-        run.scaler.scale(sum(losses.values())/len(batches)).backward()
-        names, values = list(losses), values + [v.detach().float() for v in losses.values()]
+    for i,(images,targets) in enumerate(batches, 1):
+        images, targets, counts = share(run, images, targets)
+        with hold(run.parallel, i < len(batches)), contextlib.nullcontext() if counts else uncounted():
+            with single_value(run), torch.autocast(run.device.type, {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(c.amp), enabled=c.amp != 'off'):
+                losses = run.parallel(images, targets, progress=progress)
+            run.scaler.scale(sum(losses.values())*counts/len(batches)).backward()
+        names, values = list(losses), values + [v.detach().float()*counts for v in losses.values()]
     run.scaler.unscale_(run.optimizer)
     params = [p for g in run.optimizer.param_groups for p in g['params'] if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in params])
-    *values, total = torch.stack([*values, norm.float()]).tolist()                # the only synchronisation of a step
-    rows = [dict(zip(names, values[i:])) for i in range(0, len(values), len(names))]
-    check_finite(run, batches, rows, total)
+    *own, total = torch.stack([*values, norm.float()]).tolist()                   # the only synchronisation of a step with one process
+    means = average(torch.tensor(own)).tolist()
+    rows = lambda x: [dict(zip(names, x[i:])) for i in range(0, len(x), len(names))]
+    check_finite(run, batches, rows(own), total, means)
     if c.clip and math.isfinite(total): nn.utils.clip_grads_with_norm_(params, c.clip, norm)
-    return {k: sum(r[k] for r in rows)/len(rows) for k in names}, total
+    return {k: sum(r[k] for r in rows(means))/len(batches) for k in names}, total
 
 # %% ../nbs/16_train.ipynb #c051
 def validate(run:Run) -> dict: # metrics
     "Evaluate on the validation split; keep the weights if they are the best so far."
     c = run.config
-    found = predict_dataset(run.weights, run.val_set, eval_transforms(c.size or None, c.max_size or None),
-                            batch_size=c.batch_size, workers=c.workers, device=run.device)
-    m = json.loads(json.dumps(evaluate_coco(run.val_set.ground_truth(), found), default=float))   # plain numbers
+    same_buffers(run.weights)
+    found = predict_dataset(run.weights, run.val_set, eval_transforms(c.size or None, c.max_size or None), batch_size=min(c.batch_size, 16),
+                            workers=c.workers, device=run.device, rank=rank(), world_size=world_size())
+    found = [r for part in everyone(found) for r in part]                                         # each process looked at a share of the images
+    measure = lambda: evaluate_coco(run.val_set.ground_truth(), found)
+    m = first_does(lambda: json.loads(json.dumps(measure(), default=float)))                      # plain numbers
     run.last = dict(m, step=run.step, epoch=run.epoch)
     if run.best is None or m['AP'] > run.best['AP'] or m['AP'] < 0:      # no object to find: nothing is compared, the newest are kept
         save_run_weights(run, 'best')
@@ -692,7 +716,7 @@ def describe(run:Run) -> str:
     return (f'{c.data}: {len(run.train_set)} images to train on{val}; {len(run.train_set.classes)} classes{counts and "; " + counts}\n'
             f'{opening([run.train_set, run.val_set], min(c.scales, default=c.size), c.max_size)}'
             f'{c.method} on {c.backbone}, {n/1e6:.2f} M parameters; {run.total} steps of {c.batch_size*c.accumulate} images '
-            f'({run.total/run.per_epoch:.3g} epochs) on {run.device}' + (f', {c.threads} threads' if run.device.type == 'cpu' else '')
+            f'({run.total/run.per_epoch:.3g} epochs) on {run.device}{f" in {world_size()} processes"*(world_size() > 1)}' + (f', {c.threads} threads' if run.device.type == 'cpu' else '')
             + f'\n{"goes on at step " + str(run.step) + " in" if run.step else "writes"} {run.path}')
 
 # %% ../nbs/16_train.ipynb #c055
@@ -710,20 +734,21 @@ def steps(run:Run, stop:Stop=None):
             with stop.at_once(): group = list(itertools.islice(batches, run.config.accumulate))
             run.loading = False
             if not group: break
+            if world_size() > 1: torch.manual_seed(hash((run.config.seed, run.step, rank())) % 2**63)   # their chance is not the first one's
             run.began = t0; run.waiting += time.monotonic() - t0
             yield group
 
 def note(run:Run, losses:dict, norm:float, batches:list) -> None:
     "Add a step to the row that is being made."
     for k,v in dict(losses, grad_norm=norm, n=1).items(): run.sums[k] = run.sums.get(k, 0) + v
-    run.images += sum(len(images) for images,_ in batches); run.busy += time.monotonic() - run.began
+    run.images += sum(len(images) for images,_ in batches)*world_size(); run.busy += time.monotonic() - run.began
 
 def write_row(run:Run, metrics:dict) -> None:
     "Write the row and begin the next."
     means = {k: v/run.sums['n'] for k,v in run.sums.items() if k != 'n'}
     losses = {k: v for k,v in means.items() if k != 'grad_norm'}
     measured = {k: metrics[k] if metrics.get(k, -1) >= 0 else '' for k in METRICS}          # -1: there was no such object
-    run.table.append(dict(step=run.step, epoch=run.epoch, lr=run.lr, loss=sum(losses.values()), **means, **measured,
+    if is_main(): run.table.append(dict(step=run.step, epoch=run.epoch, lr=run.lr, loss=sum(losses.values()), **means, **measured,
                           images_per_s=run.images/(run.busy or math.inf), data_s=run.waiting/run.sums['n'], seconds=run.seconds))
     run.sums, run.images, run.busy, run.waiting = {}, 0, 0., 0.
 
@@ -765,7 +790,7 @@ def train(
     run = run or start(config or recipe())
     c, clock0 = run.config, time.monotonic() - run.seconds
     if log and is_main(): log(describe(run)); warn(run, log)
-    with owning(run.path), Stop() as stop, Progress(run, log) as progress:
+    with owning(run.path) if is_main() else contextlib.nullcontext(), Stop(alone=world_size() == 1) as stop, Progress(run, log) as progress:
         try:
             for batches in steps(run, stop):
                 if batches:                                          # none: a resumed run owes its evaluation
@@ -779,15 +804,18 @@ def train(
                     if on_step: on_step(run, losses)
                 metrics = {}
                 if run.pending:
+                    if world_size() > 1: save_checkpoint(run)        # should one of them die in the evaluation
                     with stop.at_once(): metrics = validate(run)
                     progress.evaluated()
                 run.seconds = time.monotonic() - clock0
                 if metrics or run.step % c.log_every == 0 or run.step == run.total: write_row(run, metrics)
-                if stop.signal or checkpoint_due(run): save_checkpoint(run)
-                if stop.signal: raise KeyboardInterrupt
+                asked = anyone(stop.signal)
+                if asked or checkpoint_due(run): save_checkpoint(run)
+                if asked: raise KeyboardInterrupt
         except (KeyboardInterrupt, LoaderDied, InputError) as e:
             if run.loading or run.pending: save_checkpoint(run)      # between two steps, or in an evaluation that is still due
             raise stopped(run, e) from None
+        leave(wait=True)                                             # what is left to do is the first process's
         with stop.at_once(): finish(run, log)
     return run
 
@@ -855,11 +883,18 @@ def one_line(e:BaseException) -> str:
     if isinstance(e, InputError): return error_text(e)
     return (str(e).strip().splitlines() or [type(e).__name__])[-1].split('InputError: ')[-1]
 
+def restarted(c:Config) -> bool:
+    "Whether `torchrun --max_restarts` starts these processes again, after one had ended, and their run is there to go on with."
+    if int(os.environ.get('TORCHELASTIC_MAX_RESTARTS') or 0) and not c.out: raise InputError('--max_restarts needs a folder to go on in: give --out')
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0) > 0 and is_run(c.out)
+
 def main(argv:list=None) -> int: # exit code
     "The command `python -m ala_nb.train`."
     try:
         config, path, live = parse(argv)
-        train(config, resume(path, **live) if path else None)
+        with together(live.get('device', 'auto')):
+            if path is None and first_does(lambda: restarted(config)): path, live = Path(config.out), {}
+            train(config, resume(path, **live) if path else None)
         return 0
     except InputError as e: code, text = 2, f'error: {one_line(e)}'
     except NonFinite as e: code, text = 3, f'error: {one_line(e)}'
@@ -868,7 +903,10 @@ def main(argv:list=None) -> int: # exit code
     except BrokenPipeError: return nobody_reads()
     except OSError as e: code, text = 1, f'error: {one_line(e)}'
     except KeyboardInterrupt as e: code, text = 130, str(e) or 'stopped'
-    print(text, file=sys.stderr)
+    except RuntimeError as e:
+        if 'WORLD_SIZE' not in os.environ or not any(w in str(e).lower() for w in ('gloo', 'nccl', 'connection')): raise
+        code, text = 1, 'error: another process of this training has ended; what it says comes first'
+    if os.environ.get('RANK', '0') == '0' or code == 1: print(text, file=sys.stderr)
     return code
 
 # %% ../nbs/16_train.ipynb #c063
