@@ -1,13 +1,14 @@
-"""Train a table of methods, seeds and switches, one row of CSV a finished run.
+"""Train a table of methods, seeds and switches, one row of CSV for each finished run.
 
-    python scripts/sweep.py methods  --seeds 0 1 2              # every method on `shapes`, the default recipe
-    python scripts/sweep.py claims   --seeds 0 1                # the papers' claims (ala_nb.tables), 6 epochs
-    python scripts/sweep.py readings --seeds 0 1                # ALA's equations, printed and mended, and what o2f's duplicates depend on, 6 epochs
-    python scripts/sweep.py bccd --data DIR --seeds 0           # every method on a real set, ResNet-18 from scratch
-    python scripts/sweep.py bccd16 --data DIR --seeds 0         # the same with the network in bfloat16: half the time on a CPU that knows it
+    python scripts/sweep.py methods  --seeds 0 1 2       # every method on `shapes`, the default recipe
+    python scripts/sweep.py claims   --seeds 0 1         # the papers' claims (ala_nb.tables), 6 epochs
+    python scripts/sweep.py readings --seeds 0 1         # readings of ALA's equations, o2f's duplicates; 6 epochs
+    python scripts/sweep.py bccd --data DIR --seeds 0    # every method on a real set, ResNet-18 from scratch
+    python scripts/sweep.py bccd16 --data DIR --seeds 0  # the same with the network in bfloat16
 
-Each row holds the command that made it. An interrupted sweep goes on where its rows end, and an interrupted run where its checkpoint is.
-Rows are trained in the order of the table, seed by seed, so that a stopped sweep has compared everything it has begun.
+Each row holds the command that made it. An interrupted sweep goes on where its rows end, and an interrupted run where
+its checkpoint is. Rows are trained in the order of the table, seed by seed, so that a stopped sweep has compared
+everything it has begun.
 """
 import argparse, csv, json, shlex, subprocess, sys, time
 from pathlib import Path
@@ -15,15 +16,23 @@ from ala_nb.data import load_dataset
 from ala_nb.detector import load_detector
 from ala_nb.tables import CLAIMS, property_iou
 
-BCCD = '--backbone resnet18 --size 240 --max_size 320 --epochs 12 --batch_size 8 --optimizer sgd --lr 0.005 --weight_decay 1e-4 --schedule cosine --warmup 50 --clip 0 --eval_every 12'.split()
-CLIP = dict.fromkeys(('ala', 'ciou_atss', 'dw', 'o2f', 'poto'), '10')   # torchvision's recipe for FCOS does not clip the gradient; under it the losses of the first three jumped within 70 steps and stayed there
-ALL = [('fcos', ''), ('autoassign', ''), ('ala', ''), ('atss', ''), ('ciou_atss', ''), ('dw', ''), ('o2f', ''), ('ala', 'one_to_one=True'), ('poto', '')]
+BCCD = ('--backbone resnet18 --size 240 --max_size 320 --epochs 12 --batch_size 8 --optimizer sgd --lr 0.005 '
+        '--weight_decay 1e-4 --schedule cosine --warmup 50 --clip 0 --eval_every 12').split()
+BF16 = '--amp bf16 --channels_last True'.split()
+# torchvision's recipe for FCOS does not clip the gradient; without clipping the losses of the first three jumped
+CLIP = dict.fromkeys(('ala', 'ciou_atss', 'dw', 'o2f', 'poto'), '10')
+ALL = [('fcos', ''), ('autoassign', ''), ('ala', ''), ('atss', ''), ('ciou_atss', ''), ('dw', ''), ('o2f', ''),
+       ('ala', 'one_to_one=True'), ('poto', '')]
+ALA_READINGS = ('', "variant='paper' blur_radius=3", "variant='paper' loc='exp' blur_radius=3", 'blur_radius=3',
+    "centre='none'", "centre='fixed'", 'centre_gradient=True', "property='none'", 'lam=8.0', "loc='exp_giou'",
+    "loc='power'", "coupling='sigmoid'", "negatives='joint'", "negatives='weight'", "inner='mean'",
+    'background_weight=1.0', 'score_gamma=0.5', 'width=1.5')
+O2F_READINGS = ('', 'K=3', 't_min=0.0', 'ambiguous_weight=1.0', 'ambiguous_weight=1.0 t_min=0.1', 'alpha=0.5',
+    'alpha=0.2', 'alpha=0.5 t_min=0.0', 'third_convs=0')
 TABLES = dict(
     methods = ALL + [('ala', "parts='confidence'"), ('o2f', 't_min=0.0'), ('o2f', 'alpha=0.5 t_min=0.0')],
     claims = list(dict.fromkeys(side for c in CLAIMS for side in (c.before, c.after))),
-    readings = [('ala', o) for o in ('', "variant='paper' blur_radius=3", "variant='paper' loc='exp' blur_radius=3", 'blur_radius=3', "centre='none'", "centre='fixed'", 'centre_gradient=True', "property='none'",
-                                     'lam=8.0', "loc='exp_giou'", "loc='power'", "coupling='sigmoid'", "negatives='joint'", "negatives='weight'", "inner='mean'", 'background_weight=1.0', 'score_gamma=0.5', 'width=1.5')]
-             + [('o2f', o) for o in ('', 'K=3', 't_min=0.0', 'ambiguous_weight=1.0', 'ambiguous_weight=1.0 t_min=0.1', 'alpha=0.5', 'alpha=0.2', 'alpha=0.5 t_min=0.0', 'third_convs=0')]
+    readings = [('ala', o) for o in ALA_READINGS] + [('o2f', o) for o in O2F_READINGS]
              + [('fcos', ''), ('fcos', 'ranges=None'), ('ciou_atss', ''), ('ciou_atss', 'anchor_weight=0')],
     bccd = ALL, bccd16 = ALL + [('ala', "parts='confidence'")])
 FILES = dict(methods='shapes.csv', claims='claims.csv', readings='claims.csv', bccd='bccd.csv', bccd16='bccd_bf16.csv')
@@ -38,43 +47,53 @@ def run_row(method, options, seed, base, folder, threads):
     "Train (or resume) one row and measure it with and without NMS; returns the row."
     name = '-'.join(filter(None, [method, ''.join(c if c.isalnum() else '_' for c in options), str(seed)]))
     out = folder/name
-    args = ['--method', method, '--seed', str(seed), '--threads', str(threads)] + (['--method_options', *shlex.split(options, posix=False)] if options else []) + base
+    given = ['--method_options', *shlex.split(options, posix=False)] if options else []
+    args = ['--method', method, '--seed', str(seed), '--threads', str(threads)] + given + base
     shown = 'python -m ala_nb.train ' + ' '.join(a if a[:1] != '/' else 'DIR' for a in args)
     train = [sys.executable, '-m', 'ala_nb.train']
     t0 = time.time()
-    if (out/'state.pt').exists(): code = subprocess.call([*train, '--resume', str(out)], stdout=subprocess.DEVNULL)
-    else: code = subprocess.call([*train, *args, '--out', str(out)], stdout=subprocess.DEVNULL)
+    more = ['--resume', str(out)] if (out/'state.pt').exists() else [*args, '--out', str(out)]
+    code = subprocess.call([*train, *more], stdout=subprocess.DEVNULL)
     if code: raise SystemExit(f'{name}: training ended with exit code {code}; the rows so far are kept')
     seconds, metrics = time.time()-t0, {}
     for nms in ('nms', 'no-nms'):
         file = out/f'{nms}.json'
-        subprocess.check_call([sys.executable, '-m', 'ala_nb.evaluate', str(out), f'--{nms}', '--out', str(file)], stdout=subprocess.DEVNULL)
+        measure = [sys.executable, '-m', 'ala_nb.evaluate', str(out), f'--{nms}', '--out', str(file)]
+        subprocess.check_call(measure, stdout=subprocess.DEVNULL)
         metrics[nms] = json.loads(file.read_text())['coco']
-    map_iou = ''
-    if method == 'ala' and '--data' not in base and (model := load_detector(out)).method.head.property_branch:
+    map_iou, model = '', load_detector(out) if method == 'ala' and '--data' not in base else None
+    if model and model.method.head.property_branch:
         map_iou = round(property_iou(model, load_dataset('shapes', 'val', masks=True))[0], 4)
     versions = json.loads((out/'config.json').read_text()).get('versions', {})
     plain = metrics['no-nms' if method in ('poto', 'o2f') or 'one_to_one=True' in options else 'nms']
-    return dict(method=method, options=options, seed=seed, **{k: round(plain[k], 4) for k in ('AP', 'AP50', 'AP75')}, AP_no_nms=round(metrics['no-nms']['AP'], 4),
-                AP_nms=round(metrics['nms']['AP'], 4), map_iou=map_iou, seconds=round(seconds), command=shown, versions=f"torch {versions.get('torch', '?')}")
+    row = dict(method=method, options=options, seed=seed) | {k: round(plain[k], 4) for k in ('AP', 'AP50', 'AP75')}
+    row |= dict(AP_no_nms=round(metrics['no-nms']['AP'], 4), AP_nms=round(metrics['nms']['AP'], 4), map_iou=map_iou)
+    return row | dict(seconds=round(seconds), command=shown, versions=f"torch {versions.get('torch', '?')}")
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('table', choices=TABLES); p.add_argument('--seeds', type=int, nargs='+', default=[0])
-    p.add_argument('--data', help='folder of the bccd tables'); p.add_argument('--split', default='test', help='split it is measured on')
-    p.add_argument('--results', default='nbs/results', help='folder of the CSV files'); p.add_argument('--runs', default='runs/sweep', help='folder of the runs')
-    p.add_argument('--threads', type=int, default=1, help='of the CPU, for one run; start the command twice, with other seeds, to use two cores'); p.add_argument('--only', nargs='*', help='these methods only')
+    p.add_argument('table', choices=TABLES)
+    p.add_argument('--seeds', type=int, nargs='+', default=[0])
+    p.add_argument('--data', help='folder of the bccd tables')
+    p.add_argument('--split', default='test', help='split it is measured on')
+    p.add_argument('--results', default='nbs/results', help='folder of the CSV files')
+    p.add_argument('--runs', default='runs/sweep', help='folder of the runs')
+    p.add_argument('--threads', type=int, default=1,
+                   help='of the CPU, for one run; start the command twice, with other seeds, to use two cores')
+    p.add_argument('--only', nargs='*', help='these methods only')
     p.add_argument('extra', nargs='*', help='more options of ala_nb.train, after --')
     a = p.parse_args()
     real = a.table.startswith('bccd')
     if real and not a.data: p.error(f'{a.table}: --data DIR is needed')
     results = Path(a.results)/FILES[a.table]
     results.parent.mkdir(parents=True, exist_ok=True)
-    base = (['--data', a.data, '--val_split', a.split, *BCCD, *('--amp bf16 --channels_last True'.split() if a.table == 'bccd16' else [])] if real else [] if a.table == 'methods' else SHORT) + a.extra
+    base = ['--data', a.data, '--val_split', a.split, *BCCD] if real else [] if a.table == 'methods' else SHORT
+    base = base + (BF16 if a.table == 'bccd16' else []) + a.extra
     for seed in a.seeds:
         for method, options in TABLES[a.table]:
             if (a.only and method not in a.only) or (method, options, str(seed)) in done(results): continue
-            args = [CLIP[method] if real and method in CLIP and before == '--clip' else x for before,x in zip(['', *base], base)]
+            clip = CLIP.get(method) if real else None
+            args = [clip if clip and before == '--clip' else x for before,x in zip(['', *base], base)]
             row = run_row(method, options, seed, args, Path(a.runs)/results.stem, a.threads)
             new = not results.exists()
             with results.open('a', newline='') as f:
