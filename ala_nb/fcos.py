@@ -78,7 +78,8 @@ class FCOS(Method):
 
     def assign(self, preds, objects, progress):
         pairs, pos = self._pairs(preds, objects)
-        table, third, n = ClassTable(preds, pairs), self.head.third, normalizer(pos.sum()) + self.eps
+        table, third, n = ClassTable(preds, pairs), self.head.third, normalizer(pos.sum())
+        if self.eps: n = (n.float() + self.eps).to(n)         # the release counts in float32, where the ε is lost from 2 on
         obj = preds.obj_logits if third=='objectness' else None
         obj_at = None if obj is None else pairs.third(preds)
         at_pairs = focal_positive(table.logits, obj_at) - .75*focal_negative(table.logits, obj_at)

@@ -1,0 +1,92 @@
+"Published detectors: our numbers are the official ones (kept by scripts/official.py), and what cannot be converted is refused in a line."
+import importlib.util, json, re, sys
+from pathlib import Path
+import numpy as np, pytest, torch
+from ala_nb import convert as C
+from ala_nb.detector import Detector, load_detector, made_by, our_names, read_weights
+from ala_nb.geometry import InputError
+
+spec = importlib.util.spec_from_file_location('official', Path(__file__).resolve().parent.parent/'scripts'/'official.py')
+O = importlib.util.module_from_spec(spec); spec.loader.exec_module(O)
+GOLDEN = Path(__file__).parent/'golden'/'official'
+
+@pytest.fixture(scope='module', params=list(O.CASES))
+def case(request):
+    with np.load(GOLDEN/f'{request.param}.npz') as z: kept = dict(z)
+    return request.param, kept, O.state_of(kept)
+
+def test_official_numbers(case):
+    "Features, head, losses, gradients and every detection, in float64."
+    name, kept, state = case
+    found = O.our_record(name, state)
+    assert set(found) == set(kept) - {'state'}
+    for k, v in found.items():
+        want = kept[k]
+        assert v.shape == want.shape, k
+        if k.startswith('labels'): assert (v == want).all(), k
+        else: np.testing.assert_allclose(v, want, rtol=1e-8, atol=1e-9*max(1., float(np.abs(want).max(initial=0.))), err_msg=k)
+    assert all(len(kept[f'scores_{i}']) >= 20 for i in (0, 1))
+
+def test_command_writes_a_run(case, tmp_path, capsys):
+    name, kept, state = case
+    if name == 'autoassign': pytest.skip('the others show it, and are smaller')
+    torch.save(dict(state_dict={k: v.float() for k, v in state.items()}, meta=dict(dataset_meta=dict(classes=tuple('abcde')))), tmp_path/'x.pth')
+    assert C.main([str(tmp_path/'x.pth'), '--form', name, '--style', 'pytorch', '--out', str(tmp_path/'run')]) == 0
+    assert sorted(p.name for p in (tmp_path/'run').iterdir()) == ['best.safetensors', 'config.json', 'last.safetensors']
+    model = load_detector(tmp_path/'run')
+    assert model.classes == list('abcde') if name != 'torchvision' else model.classes[0] == 'background'
+    with torch.no_grad(): d, = model.detect([O.images()[1].float()/255], score_threshold=.05)
+    if name == 'torchvision': np.testing.assert_allclose(d['scores'][:10], kept['scores_1'][:10], atol=1e-2)
+    capsys.readouterr()
+
+@pytest.mark.parametrize('change,words', [
+    (lambda s: {k: v for k, v in s.items() if 'conv_reg' not in k}, 'head.box'), (lambda s: {k: v for k, v in s.items() if 'neck' not in k}, 'pyramid'),
+    (lambda s: {k: v for k, v in s.items() if 'layer3' not in k}, 'blocks'), (lambda s: {k[9:]: v for k, v in s.items() if k.startswith('backbone.')}, '--weights'),
+    (lambda s: {**s, 'bbox_head.conv_reg.bias': torch.full((4,), float('nan'))}, 'not finite'), (lambda s: {**s, 'bbox_head.conv_cls.weight': torch.zeros(5, 8, 3, 3)}, 'another --form')])
+def test_bad_checkpoints_end_in_a_line(change, words, tmp_path, capsys):
+    with np.load(GOLDEN/'fcos.npz') as z: state = O.state_of(dict(z))
+    torch.save(change(state), tmp_path/'x.pth')
+    assert C.main([str(tmp_path/'x.pth'), '--form', 'fcos', '--out', str(tmp_path/'run')]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count('\n') == 1 and not (tmp_path/'run').exists()
+
+def test_form_is_asked_for_and_checked(tmp_path, capsys):
+    with np.load(GOLDEN/'fcos.npz') as z: state = O.state_of(dict(z))
+    torch.save(state, tmp_path/'x.pth')
+    for more, words in (([], 'fcos_v1'), (['--form', 'fcoss'], "'fcos'"), (['--form', 'atss', '--from', 'mmdett'], "'mmdet'"), (['--form', 'fcos', '--style', 'cafe'], "'caffe'")):
+        assert C.main([str(tmp_path/'x.pth'), '--out', str(tmp_path/'run'), *more]) == 2
+        assert words in capsys.readouterr().err and not (tmp_path/'run').exists()
+    torch.save(dict(state_dict=state, meta=dict(cfg="bbox_head=dict(type='FCOSHead', norm_on_bbox=True), backbone=dict(style='pytorch')")), tmp_path/'y.pth')
+    assert C.main([str(tmp_path/'y.pth'), '--out', str(tmp_path/'run')]) == 0 and not load_detector(tmp_path/'run').config['bgr']
+
+def test_pickles_with_code_are_not_run(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self): return print, ('ran',)
+    for name, x in (('a', Evil()), ('b', dict(state_dict=dict(w=torch.ones(1)), meta=[Evil()]))):
+        torch.save(x, tmp_path/f'{name}.pth')
+        assert C.main([str(tmp_path/f'{name}.pth'), '--out', str(tmp_path/'run')]) == 2
+        out = capsys.readouterr()
+        assert 'ran' not in out.out and 'nothing of it was run' in out.err and not (tmp_path/'run').exists()
+
+def test_weights_option_takes_a_whole_official_detector(tmp_path):
+    "Body, pyramid and towers; a head of other classes stays as drawn."
+    with np.load(GOLDEN/'fcos.npz') as z: state = O.state_of(dict(z))
+    torch.save(dict(state_dict=state), tmp_path/'x.pth')
+    model = Detector('fcos', 'resnet18', 3, channels=64, head_convs=2, weights=str(tmp_path/'x.pth'))
+    for ours, theirs in (('body.layer4.1.conv2.weight', 'backbone.layer4.1.conv2.weight'), ('pyramid.fpn.extra_blocks.convs.1.bias', 'neck.fpn_convs.4.conv.bias'),
+                         ('head.box_tower.3.weight', 'bbox_head.reg_convs.1.conv.weight')):
+        torch.testing.assert_close(model.state_dict()[ours], state[theirs].float())
+    assert model.head.cls.weight.shape[0] == 3
+
+def test_names_of_other_programs():
+    d2 = dict(zip(['backbone.bottom_up.stem.conv1.weight', 'backbone.bottom_up.stem.conv1.norm.weight', 'backbone.bottom_up.res4.2.conv3.norm.running_var', 'backbone.bottom_up.res3.0.shortcut.weight',
+         'backbone.fpn_lateral3.weight', 'backbone.fpn_lateral4.weight', 'backbone.fpn_lateral5.weight', 'backbone.fpn_output5.bias', 'backbone.top_block.p7.weight', 'head.cls_subnet.3.weight',
+         'head.bbox_pred.bias', 'head.obj_score.bias', 'mu'], [torch.zeros(1)]*13))
+    found, left = our_names(d2, made_by(d2))
+    assert not left and {'body.conv1.weight', 'body.bn1.weight', 'body.layer3.2.bn3.running_var', 'body.layer2.0.downsample.0.weight', 'pyramid.fpn.inner_blocks.2.0.weight',
+        'pyramid.fpn.layer_blocks.2.0.bias', 'pyramid.fpn.extra_blocks.convs.1.weight', 'head.cls_tower.3.weight', 'head.box.bias', 'head.third.bias', 'method.mu'} <= set(found)
+    atss = {k: torch.zeros(1) for k in ('backbone.body.stem.bn1.weight', 'backbone.body.layer2.0.downsample.1.weight', 'backbone.fpn.fpn_inner2.weight', 'backbone.fpn.top_blocks.p6.bias',
+                                        'rpn.head.bbox_tower.0.weight', 'rpn.head.scales.0.scale', 'rpn.head.centerness.bias')}
+    found, left = our_names(atss, made_by(atss))
+    assert not left and {'body.bn1.weight', 'body.layer2.0.downsample.1.weight', 'pyramid.fpn.inner_blocks.0.0.weight', 'pyramid.fpn.extra_blocks.convs.0.bias', 'head.box_tower.0.weight',
+                         'head.scales', 'head.third.bias'} == set(found)
