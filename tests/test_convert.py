@@ -1,5 +1,5 @@
 "Published detectors: our numbers are the official ones (kept by scripts/official.py), and what cannot be converted is refused in a line."
-import importlib.util, json, re, sys
+import importlib.util, sys, types
 from pathlib import Path
 import numpy as np, pytest, torch
 from ala_nb import convert as C
@@ -67,6 +67,18 @@ def test_pickles_with_code_are_not_run(tmp_path, capsys):
         assert C.main([str(tmp_path/f'{name}.pth'), '--out', str(tmp_path/'run')]) == 2
         out = capsys.readouterr()
         assert 'ran' not in out.out and 'nothing of it was run' in out.err and not (tmp_path/'run').exists()
+
+def test_log_of_mmengines_runner_is_passed_over(tmp_path, monkeypatch):
+    "Its checkpoints hold objects of mmengine and NumPy beside the weights; neither is needed to read them."
+    class HistoryBuffer:
+        def __init__(self): self.log, self.functions = np.arange(3.), dict(mean=getattr(np.ndarray, 'mean'))
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = 'mmengine.logging.history_buffer', 'HistoryBuffer'
+    for name in ('mmengine', 'mmengine.logging', 'mmengine.logging.history_buffer'): monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules['mmengine.logging.history_buffer'].HistoryBuffer = HistoryBuffer
+    torch.save(dict(state_dict={'module.a': torch.ones(1)}, meta=dict(cfg='x'), message_hub=dict(log_scalars={'train/loss': HistoryBuffer()})), tmp_path/'x.pth')
+    monkeypatch.undo()
+    state, notes = C.read_checkpoint(tmp_path/'x.pth')
+    assert list(state) == ['a'] and notes == dict(cfg='x') and 'mmengine' not in sys.modules
 
 def test_weights_option_takes_a_whole_official_detector(tmp_path):
     "Body, pyramid and towers; a head of other classes stays as drawn."
