@@ -66,7 +66,8 @@ def method_data(
         f['factors'] = {k: v for k,v in same[0]['factors'].items() if all(x['factors'].get(k) == v for x in same)}
         fixed.append(f)
     def rest(x, f): return {k: v for k,v in x.items() if k not in f} | dict(factors={k: v for k,v in x['factors'].items() if k not in f['factors']})
-    return dict(name=name, formula=moments[-1]['formula'], fixed=fixed,
+    order = list(moments[-1]['images'][0]['factors'])
+    return dict(name=name, formula=moments[-1]['formula'], order=order, fixed=fixed,
                 moments=[dict(label=m['label'], constants=m['constants'], images=[rest(x, f) for x,f in zip(kept(m), fixed)]) for m in moments])
 
 def image_data(

@@ -10,6 +10,10 @@ K, SIZE, STRIDES = 3, (96, 128), (8, 16, 32)
 FITTED = dict(fcos=dict(ranges=(24,48)), atss=dict(anchor_scale=4.), ciou_atss=dict(anchor_scale=4.))
 CASES = [('fcos', {}), ('fcos', dict(centre_sampling=None)), ('atss', {}), ('atss', dict(variant='released')), ('ciou_atss', {}),
          ('ciou_atss', dict(cls_loss='focal', third_branch='centerness')), ('ciou_atss', dict(anchor_weight='falling', pred_weight='rising')),
+         ('autoassign', {}), ('autoassign', dict(variant='paper', confidence='cls', centre='fixed')), ('autoassign', dict(confidence='none', negative_weighting=False)),
+         ('autoassign', dict(confidence='loc', centre='none', other_objects=False, objectness='none')),
+         ('dw', {}), ('dw', dict(variant='paper')), ('dw', dict(bag=('topk', 4), negative='complement')), ('dw', dict(bag='threshold', negative='importance', mu_below=5.)),
+         ('dw', dict(weighting='autoassign')), ('dw', dict(weighting='gfl')), ('dw', dict(weighting='vfl', variant='paper')), ('dw', dict(weighting='tood', bag='radius')), ('dw', dict(weighting='musu')),
          ('poto', {}), ('poto', dict(use_objectness=False, alpha=.5)), ('o2f', {}), ('o2f', dict(variant='paper', match='add', K=3)), ('o2f', dict(t=.3)),
          ('ala', {}), ('ala', dict(one_to_one=True)), ('ala', dict(variant='paper')), ('ala', dict(threshold=.7)), ('ala', dict(threshold=None)),
          ('ala', dict(parts='confidence', confidence='add', loc='exp_giou')), ('ala', dict(parts='weight', property='none')),
@@ -32,7 +36,7 @@ def made(name, options, seed=0, progress=.3, counts=(4, 0, 2)):
     torch.manual_seed(seed)
     options = {**FITTED.get(name, {}), **options, **(dict(in_channels=8) if name == 'ala' else {})}
     method = build(name, K, **options).double()
-    for p in method.parameters(): torch.nn.init.normal_(p, std=.3)
+    for n, p in method.named_parameters(): torch.nn.init.normal_(p, mean=float(n == 'sigma'), std=.1 if n == 'sigma' else .3)
     preds, objects = batch(seed, counts, method.head.offset)
     return method(preds, objects, progress)
 

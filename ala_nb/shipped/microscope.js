@@ -20,6 +20,7 @@ function number(x) {
   const a = Math.abs(x), s = Number.isInteger(x) && a < 1e6 ? String(x) : a >= 100 ? x.toFixed(0) : a >= 10 ? x.toFixed(1) : a >= .01 || a === 0 ? x.toFixed(2) : x.toExponential(0);
   return s.replace('-', '−');
 }
+const count = n => `${n} candidate${n === 1 ? '' : 's'}`;
 const ordinal = n => ['first', 'second', 'third', 'fourth', 'fifth'][n-1] || n + (n % 100 > 10 && n % 100 < 14 ? 'th' : ['th', 'st', 'nd', 'rd'][n % 10] || 'th');
 function bytes(text) { const s = atob(text.replaceAll('-', '+').replaceAll('_', '/')), out = new Uint8Array(s.length); for (let i = 0; i < s.length; i++) out[i] = s.charCodeAt(i); return out.buffer; }
 const floats = text => new Float32Array(bytes(text)), shorts = text => new Int16Array(bytes(text));
@@ -113,12 +114,13 @@ const WORDS = {score: 'score', iou: 'IoU', giou: 'GIoU', anchor_iou: 'anchor IoU
   centerness: 'centerness', reach: 'largest distance, px', low: 'level takes from, px', high: 'level takes up to, px', area: 'area of the box, px²', inside: 'distance to the nearest side, px',
   loc: 'localization', confidence: 'confidence', quality: 'quality', overlap: 'overlap', threshold: 'threshold', lower: 'lower threshold', pos: 'positive weight', neg: 'negative weight',
   w_pos: 'positive weight', w_neg: 'negative weight', hard: 'hard positive', soft: 'soft positive', certain: 'certain', ambiguous: 'ambiguous', t: 'degree t', xi: 'degree ξ', fits: 'fits its level', mine: 'wins the location', ranked: 'ranked',
-  cost: 'matching cost', target: 'class target', matched: 'matched', weight: 'weight'};
-const SYMBOLS = {alpha: 'α', beta: 'β', mu: 'μ', tau: 'τ', lam: 'λ', xi: 'ξ', inf: '∞', gamma: 'γ'};
+  consistency: 'consistency', p_neg: 'probability of a negative', last_of_class: 'no later object of its class here', odds: 'odds of the best IoU', near: 'nearness', cost: 'matching cost', target: 'class target', matched: 'matched', weight: 'weight'};
+const SYMBOLS = {alpha: 'α', beta: 'β', mu: 'μ', tau: 'τ', lam: 'λ', xi: 'ξ', inf: '∞', gamma: 'γ', gamma1: 'γ₁', gamma2: 'γ₂', mu_below: 'μ′', p_neg: 'P⁻', last_of_class: 'last', best_iou: 'best IoU', anchor_iou: 'anchor IoU', iou: 'IoU', giou: 'GIoU'};
 const KNOBS = {                                                  // constants: words, least, largest, step
   alpha: ['α, how much the box counts', 0, 1, .05], beta: ['β', 0, 1, .05], lam: ['λ, how fast a poor box loses', 0, 20, .5], width: ['width of the band, standard deviations', 0, 3, .1],
   fade: ['how far training has faded soft labels (1 start, 0 end)', 0, 1, .05], K: ['K, locations of an object', 1, 20, 1], T: ['T, degree of the best ambiguous location', 0, 1, .05], tau: ['τ, temperature', .05, 1, .05],
   mu: ['μ, sharpness', 0, 10, .5], margin: ['least distance inside the box, px', 0, 16, .5], anchor_weight: ['weight of the anchor IoU', 0, 2, .1], pred_weight: ['weight of the predicted IoU', 0, 2, .1],
+  gamma1: ['γ1, curve of the negative probability', .5, 5, .1], gamma2: ['γ2, power of the score', 0, 5, .1], mu_below: ['μ in the divisor', 0, 10, .5],
   share: ['threshold, share of the best', 0, 1, .05]};
 const word = k => WORDS[k] || k.replaceAll('_', ' ');
 const label = k => SYMBOLS[k] || k.replaceAll('_', ' ');
@@ -137,7 +139,10 @@ function written(tree, leaf, bag = () => null, above = 0) {
   if ('name' in tree) return [leaf(tree.name) || node('i', {}, label(tree.name))];
   if (tree.call) {
     const own = isBag(tree) && bag(tree); if (own) return [own];
-    if (tree.call === 'where') return [...written(tree.args[1], leaf, bag), ' where ', ...written(tree.args[0], leaf, bag, 4)];
+    if (tree.call === 'where') {
+      const last = tree.args[2], none = last.op === 'neg' && last.args[0].name === 'inf';
+      return [...written(tree.args[1], leaf, bag), ' where ', ...written(tree.args[0], leaf, bag, 4), ...(none ? [] : [', else ', ...written(last, leaf, bag)])];
+    }
     return [FUNCTION[tree.call] || tree.call, '(', ...tree.args.flatMap((a, i) => [i ? ', ' : '', ...written(a, leaf, bag)]), ')'];
   }
   const s = STRENGTH[tree.op], [a, b] = tree.args;
@@ -159,7 +164,7 @@ class Data {
       const raw = this.methods[m].moments[t].images[i], fixed = this.methods[m].fixed[i], both = {...fixed, ...raw};
       const obj = shorts(both.obj), loc = shorts(both.loc), bags = [];
       for (let a = 0, b; a < obj.length; a = b) { for (b = a; b < obj.length && obj[b] === obj[a]; b++); bags.push([a, b]); }
-      const factors = Object.fromEntries(Object.entries({...fixed.factors, ...raw.factors}).map(([k, v]) => [k, floats(v)]));
+      const order = this.methods[m].order, factors = Object.fromEntries(Object.entries({...fixed.factors, ...raw.factors}).sort(([a], [b]) => order.indexOf(a)-order.indexOf(b)).map(([k, v]) => [k, floats(v)]));
       this.cache.set(key, {obj, loc, bags, factors, sides: both.sides ? shorts(both.sides) : null});
     }
     return this.cache.get(key);
@@ -313,7 +318,7 @@ class Microscope {
       svg.addEventListener('click', ev => this.pick(ev, svg));
       if (main) { svg.setAttribute('tabindex', 0); svg.setAttribute('role', 'application'); svg.id = 'picture'; svg.addEventListener('keydown', ev => this.key(ev)); svg.addEventListener('focus', () => { if (this.focus === null) this.look(this.method, this.best()); }); }
       const w = this.mine(method).map(e => names.pos[e]), total = sum(w);
-      return node('figure', {}, svg, node('figcaption', {}, `${name}, ${data.methods[method].moments[this.at(method)].label}: ${w.filter(x => x > 0).length} of ${w.length} candidates have a weight, ${number(total)} in all`));
+      return node('figure', {}, svg, node('figcaption', {}, `${name}, ${data.methods[method].moments[this.at(method)].label}: ${w.filter(x => x > 0).length} of ${count(w.length)} with a weight, ${number(total)} in all`));
     };
     const figures = [show(this.method, true)];
     if (this.second >= 0) figures.push(show(this.second, false), this.difference());
@@ -326,7 +331,7 @@ class Microscope {
     const a = this.data.pairs(this.method, this.at(this.method), this.image), b = this.data.pairs(this.second, this.at(this.second), this.image), other = this.computed(this.second).pos;
     const had = new Map(this.mine().map(e => [a.loc[e], this.names.pos[e]])), has = new Map(this.mine(this.second).map(e => [b.loc[e], other[e]]));
     const im = this.data.images[this.image], [vx, vy, side] = this.view(), svg = node('svg', {viewBox: `${vx} ${vy} ${side} ${side}`, class: 'large', role: 'img', 'aria-label': 'locations won and lost'});
-    svg.append(node('image', {href: im.src, x: 0, y: 0, width: im.width, height: im.height}), node('rect', {x: vx, y: vy, width: side, height: side, class: 'shade'}));
+    svg.append(node('image', {href: im.src, x: 0, y: 0, width: im.width, height: im.height, style: 'image-rendering: pixelated'}), node('rect', {x: vx, y: vy, width: side, height: side, class: 'shade'}));
     let won = 0, lost = 0;
     for (const l of [...new Set([...had.keys(), ...has.keys()])].sort((p, q) => q-p)) {
       const p = this.place(l), d = (has.get(l) || 0)-(had.get(l) || 0); if (this.level >= 0 && p.level !== this.level) continue;
@@ -386,7 +391,7 @@ class Microscope {
       hit.addEventListener('pointerenter', () => this.look(this.method, e));
       svg.append(node('rect', {x: i*w+.1*w, y: y(v[e]), width: .8*w, height: Math.max(bottom-y(v[e]), .5), class: this.names.pos[e] > 0 ? 'bar' : 'bar none', fill: this.colour(this.names.pos[e]), 'data-bar': e}), hit);
     });
-    svg.append(node('line', {x1: 0, x2: W, y1: bottom, y2: bottom, class: 'axis'}), node('text', {x: 0, y: H-4}, `${word(key)} of ${sorted.length} candidates, largest first`), node('text', {x: W, y: 12, 'text-anchor': 'end'}, `largest ${number(v[sorted[0]])}`));
+    svg.append(node('line', {x1: 0, x2: W, y1: bottom, y2: bottom, class: 'axis'}), node('text', {x: 0, y: H-4}, `${word(key)} of ${count(sorted.length)}, largest first`), node('text', {x: W, y: 12, 'text-anchor': 'end'}, `largest ${number(v[sorted[0]])}`));
     if (has) svg.append(this.threshold(svg, line, y, x => top*(bottom-x)/(bottom-6), top, W));
     const back = this.line ? node('button', {type: 'button', id: 'back', onclick: () => { this.line = null; this.draw(); }}, 'Back to the method’s threshold') : '';
     this.bars.replaceChildren(svg, back); this.mark();
@@ -450,7 +455,7 @@ class Microscope {
     const measure = data.measure(this.method), shown = [], add = k => { if (keep(k) && !shown.includes(k)) shown.push(k); };
     let tree = step.get(measure);                                 // a name for another formula is opened, so that factors are seen
     const calls = t => 'call' in t || (t.args || []).some(calls), opened = t => 'name' in t && step.has(t.name) && !calls(step.get(t.name)) && t.name !== measure ? opened(step.get(t.name)) : t.args ? {...t, args: t.args.map(opened)} : t;
-    tree = opened(tree);
+    if (namesIn(opened(tree)).length <= 6) tree = opened(tree);
     const chooses = t => t.call === 'where' || (t.args || []).some(chooses), once = k => keep(k) && !shown.includes(k) ? (add(k), map(k)) : null;
     const maps = chooses(tree) ? [...new Set(namesIn(step.get(measure)))].map(once) : written(tree, once);
     const rest = Object.keys(p.factors).filter(k => !shown.includes(k) && k in p.factors && !['low', 'high'].includes(k));
@@ -470,17 +475,18 @@ class Microscope {
     if ('reach' in p.factors) parts.push(`largest distance ${number(n.reach[e])} px, its level takes ${number(n.low[e])} to ${number(n.high[e])} px`);
     for (const k of Object.keys(p.factors)) if (!['reach', 'low', 'high', 'area'].includes(k)) parts.push(`${word(k)} ${number(n[k][e])}`);
     let text = `${this.focus === null ? 'The heaviest candidate' : 'This location'} (x ${number(q.x)}, y ${number(q.y)}, stride ${q.stride} px): ${parts.join(' · ')}.`;
-    if (measure !== 'pos') {
+    const w = n.pos[e], soft = w > 0 && w < 1-1e-9;
+    if (measure !== 'pos' || soft) {
       const rank = this.bag.filter(i => n[measure][i] > n[measure][e]).length+1;
       text += ` Its ${word(measure)} is ${number(n[measure][e])}, ${ordinal(rank)} of ${this.bag.length}`;
       if (data.hasThreshold(this.method)) text += `, ${n[measure][e] >= n.threshold[e] ? 'not below' : 'below'} the threshold ${number(n.threshold[e])}`;
       text += '.';
     }
-    const w = n.pos[e], rival = range(p.loc.length).find(i => p.loc[i] === p.loc[e] && p.obj[i] !== p.obj[e] && n.pos[i] > 0);
+    const rival = range(p.loc.length).find(i => p.loc[i] === p.loc[e] && p.obj[i] !== p.obj[e] && n.pos[i] > 0);
     const exclusive = trees.some(([, t]) => JSON.stringify(t).includes('"wins"') || JSON.stringify(t).includes('"match"'));
     const flag = k => n[k] && n[k][e] > 0;
     const kind = flag('certain') ? 'certain positive' : flag('ambiguous') ? 'ambiguous' : flag('hard') ? 'hard positive' : flag('soft') ? 'soft positive' : 'positive';
-    text += w > 0 ? ` It is ${/ /.test(kind) ? 'a ' : ''}${kind}, with weight ${number(Math.min(w, 1) > 1-1e-9 ? 1 : w)}.` : ' It is not positive.';
+    if (measure !== 'pos' || !soft) text += w > 0 ? ` It is ${/ /.test(kind) ? 'a ' : ''}${kind}, with weight ${number(Math.min(w, 1) > 1-1e-9 ? 1 : w)}.` : ' It is not positive.';
     if (w <= 0 && exclusive && rival !== undefined) text += ` The location goes to the ${data.classes[data.images[this.image].objects[p.obj[rival]].label]}.`;
     this.sentence.textContent = text;
     const value = k => k in n && k !== 'inf' ? number(at(n[k], e)) : k === 'inf' ? '∞' : null;
