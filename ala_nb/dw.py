@@ -8,7 +8,7 @@ __all__ = ['BAGS', 'NEGATIVES', 'WEIGHTINGS', 'consistency', 'pos_weight', 'read
            'autoassign_weights', 'DW']
 
 # %% ../nbs/09_dw.ipynb #c002
-import math
+import math, re
 import torch
 from torch import Tensor
 from fastcore.basics import patch
@@ -256,4 +256,52 @@ def assign(self:DW, preds, objects, progress):
         losses = dict(loss_pos=cls_scale*yes/n_pos, loss_loc=box_scale*box/n_pos,
                       loss_neg=table.negatives(preds.obj_logits, 1/n_neg, self.gamma) + (no-outside)/n_neg)
     weights = dict(pos=pos, neg=neg, quality=iou)
-    return Assignment(losses, pairs, weights if self.coupled else weights | dict(p_neg=p_neg))
+    if not self.coupled: weights['p_neg'] = p_neg
+    return Assignment(losses, pairs, weights, lambda: self.explain(preds, pairs, table.logits, stands))
+
+# %% ../nbs/09_dw.ipynb #c0why
+@patch
+def explain(self:DW, preds, pairs, cls_logits, stands):
+    "Factors, formulas and constants behind the weights."
+    (iou, giou), prior = distance_ious(pairs.distances(preds), pairs.targets), bag_prior(pairs, *self.bag, self.sigma)
+    factors = dict(score=scores(cls_logits, pairs.third(preds))[0], iou=iou, giou=giou)
+    if prior is not None: factors['prior'] = prior
+    if not self.paper: factors['last_of_class'] = stands
+    formula = self.coupled_rule() if self.coupled else self.dual_rule()
+    if prior is None: formula = {k: f.replace('*prior', '') for k,f in formula.items()}
+    if not self.paper: formula['neg'] = f"last_of_class*({formula['neg']})"
+    constants = dict(beta=self.beta, mu=self.mu, mu_below=self.mu_below,
+                     gamma1=self.gamma1, gamma2=self.gamma2, tau=1/3)
+    used = set(re.findall(r'\w+', ' '.join(formula.values())))
+    factors = {k: v for k,v in factors.items() if k in used}
+    return factors, formula, {k: float(v) for k,v in constants.items() if k in used}
+
+@patch
+def coupled_rule(self:DW)->dict:
+    "Formulas of the weightings that derive both weights from one target (Table 1)."
+    t = 'iou' if self.weighting in ('gfl','vfl') else 'score*iou**beta*best(iou)/max(best(score*iou**beta), 1e-300)'
+    pos = 'target*target' if self.weighting=='vfl' else '(score - target)**2*target'
+    neg = dict(vfl='target*(1 - target)', musu='score**2*(1 - target)**4')
+    neg = neg.get(self.weighting, '(score - target)**2*(1 - target)')
+    return dict(target=t, pos=f'{pos}*prior', neg=neg)
+
+@patch
+def dual_rule(self:DW)->dict:
+    "Formulas of dual weighting, and of AutoAssign's weights in its place (Table 6)."
+    printed = self.paper and self.weighting=='dw'
+    out = {} if printed else dict(loc='exp(-beta*(1 - giou))')
+    out['consistency'] = 'score*iou**beta' if printed else 'score*loc'
+    if self.weighting=='autoassign':
+        return out | dict(pos='share(exp(consistency/tau)*prior)', near='1/max(1 - iou, 1e-12)',
+                          p_neg='1 - (near - least(near) + 1e-12)/(best(near) - least(near) + 1e-12)',
+                          neg='p_neg*score**gamma2')
+    above, small = 'exp(mu*consistency)*consistency*prior', '1e-12*(1 - .5**gamma1)'
+    below = 'max(total(exp(mu_below*consistency)*consistency*prior), 1e-12)'
+    out['pos'] = f'share({above})' if self.mu_below is None else f'{above}/{below}'
+    if self.paper: out['p_neg'] = 'min(max((.95**gamma1 - iou**gamma1)/(.95**gamma1 - .5**gamma1), 0), 1)'
+    else:
+        width = f'(best(power) - max(least(power), .5**gamma1) + {small})'
+        out.update(power='iou**gamma1', p_neg=f'where(iou < .5, 1, (best(power) - power + {small})/{width})')
+    out['neg'] = dict(both='p_neg*score**gamma2', probability='p_neg', importance='score**gamma2',
+                      complement='max(1 - pos, 0)', none='0*pos')[self.negative]
+    return out
