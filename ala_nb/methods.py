@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'KINDS', 'HeadSpec', 'nearest', 'choice', 'in_range', 'Assignment', 'given_options', 'checked', 'Method',
-           'installed', 'available', 'class_at', 'method_class', 'register', 'method_name', 'method_options', 'fits',
-           'check_options', 'build', 'finished_runs', 'mean_runs', 'runs_table']
+           'focal_loss', 'installed', 'available', 'import_named', 'class_at', 'method_class', 'register',
+           'method_name', 'method_options', 'fits', 'check_options', 'build', 'finished_runs', 'mean_runs',
+           'runs_table']
 
 # %% ../nbs/03_methods.ipynb #c002
-import csv, dataclasses, difflib, functools, importlib, importlib.metadata, inspect, math, numbers, traceback, types, typing
+import csv, dataclasses, difflib, functools, importlib, importlib.metadata, inspect, math, numbers
+import traceback, types, typing
 from pathlib import Path
 from typing import Optional
 import torch
@@ -16,6 +18,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from .geometry import InputError
 from .pairs import Predictions, Objects, Pairs
+from .losses import ClassTable, focal_positive, focal_negative
 
 # %% ../nbs/03_methods.ipynb #c005
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,8 @@ class HeadSpec:
     offset:float = .5            # where in its cell a location lies, in strides: 0.5 the center, 0 the corner
     cls_prior:float = .01        # score of every class before training, 0 ... 1
     box_bias:float = 0.          # initial bias of the distance convolution, before the activation
-    box_activation:str = 'exp'   # 'exp', 'relu' of (level scale * convolution), times stride; 'exp_px': in px; 'anchor': box deltas
+    # 'exp' or 'relu' of (level scale * convolution), times stride; 'exp_px': in px; 'anchor': box deltas
+    box_activation:str = 'exp'
     anchor_scale:float = 8.      # 'anchor': side of the anchors, strides
     level_scales:bool = True     # is there a learned scale a level? Else it is 1
     tower_bias:bool = True       # have the convolutions of the towers a bias?
@@ -38,7 +42,8 @@ class HeadSpec:
     refine:Optional[str] = None  # box refinement: 'deform', 'bilinear' or None (DW, Eqs. 9-10)
 
     def __post_init__(self):
-        choice('box_activation', self.box_activation, ('exp','relu','exp_px','anchor')); choice('third_on', self.third_on, ('box','cls'))
+        choice('box_activation', self.box_activation, ('exp','relu','exp_px','anchor'))
+        choice('third_on', self.third_on, ('box','cls'))
         choice('third', self.third, (None,'objectness','centerness','iou'))
         choice('refine', self.refine, (None,'deform','bilinear'))
         if isinstance(n := self.third_convs, bool) or not isinstance(n, int) or n < 0:
@@ -52,7 +57,8 @@ def nearest(name, known)->str:
 
 def choice(field:str, value, allowed):
     "`value` if it is one of `allowed`; otherwise `InputError` that names the field and the nearest choice."
-    if value not in allowed: raise InputError(f"{field}: {value!r} does not exist; did you mean {nearest(value, allowed)}?")
+    if value not in allowed:
+        raise InputError(f"{field}: {value!r} does not exist; did you mean {nearest(value, allowed)}?")
     return value
 
 def in_range(field:str, value, low:float, high:float, instead:str='a number'):
@@ -67,7 +73,8 @@ class Assignment:
     "Losses of a batch and how they came about."
     losses:dict  # str -> 0-dim tensor; their sum is what is minimised
     pairs:Pairs  # the candidate pairs
-    weights:dict = dataclasses.field(default_factory=dict) # str -> (E,): 'pos' and 'neg', how much a pair is one; 'quality', ...
+    # str -> (E,): 'pos' and 'neg', how much a pair is a positive and a negative; 'quality' ...
+    weights:dict = dataclasses.field(default_factory=dict)
     why:object = None # called without arguments when somebody asks: factors, formulas and constants behind the weights
 
     @property
@@ -76,7 +83,7 @@ class Assignment:
         return sum(self.losses.values())
 
     def dense(self, name:str, image:int)->Tensor:
-        "One weight as a (P, G) matrix over the locations and objects of an image, 0 where there is no pair (for pictures)."
+        "One weight as a (P, G) matrix over locations and objects of an image, 0 where there is no pair (for pictures)."
         p = self.pairs; mine = p.image == image
         first = int((p.objects.image < image).sum()); n = int((p.objects.image == image).sum())
         w = self.weights[name][mine]
@@ -91,7 +98,8 @@ class Assignment:
         return {k: v.detach() for k,v in factors.items()}, formula, constants
 
     factors = property(lambda self: self._why[0], doc="What decided: str -> (E,), 'score', 'iou', 'prior' ...")
-    formula = property(lambda self: self._why[1], doc="How the factors make each weight: str -> expression, in the order of computing.")
+    formula = property(lambda self: self._why[1],
+                       doc="How the factors make each weight: str -> expression, in the order of computing.")
     constants = property(lambda self: self._why[2], doc="Numbers in the formulas, by the paper's symbol: str -> float.")
 
 # %% ../nbs/03_methods.ipynb #b30bd45
@@ -111,11 +119,12 @@ def checked(
     out, name:str, # what the `assign` of the class of this name returned
 )->Assignment:
     "The same, if it is an `Assignment` whose losses are single numbers; otherwise `InputError`."
-    if not isinstance(out, Assignment): raise InputError(f"{name}.assign: returned {type(out).__name__}; return an Assignment")
+    if not isinstance(out, Assignment):
+        raise InputError(f"{name}.assign: returned {type(out).__name__}; return an Assignment")
     for k,v in out.losses.items():
-        if not isinstance(v, Tensor) or v.dim(): raise InputError(
-            f"{name}.assign: loss {k!r} is {f'of shape {tuple(v.shape)}' if isinstance(v, Tensor) else type(v).__name__}; "
-            "give a tensor that is one number")
+        if isinstance(v, Tensor) and v.dim() == 0: continue
+        what = f'of shape {tuple(v.shape)}' if isinstance(v, Tensor) else type(v).__name__
+        raise InputError(f"{name}.assign: loss {k!r} is {what}; give a tensor that is one number")
     return out
 
 # %% ../nbs/03_methods.ipynb #c010
@@ -176,11 +185,25 @@ def scores(self:Method, preds:Predictions)->Tensor:
     at_locations = self.location_scores(preds)
     return self.combine(preds.cls_logits.sigmoid(), None if at_locations is None else at_locations[...,None])
 
+# %% ../nbs/03_methods.ipynb #bc8f7b1
+def focal_loss(
+    table:ClassTable, # class logits, at the pairs and of all locations
+    pos:Tensor,       # (E,) 1 at positives, 0 elsewhere; a positive location and class stands in one pair only
+    n:Tensor,         # 0-dim divisor
+    obj_logits:Tensor=None, # (B, P) objectness, for the product of class and objectness; None: the class alone
+    obj_at:Tensor=None,     # (E,) the same at the pairs
+    alpha:float=.25, gamma:float=2., # focal loss's α and γ
+)->Tensor: # 0-dim
+    "Focal loss of all locations and classes."
+    yes = focal_positive(table.logits, obj_at, alpha, gamma)
+    no = (1-alpha)*focal_negative(table.logits, obj_at, gamma=gamma)
+    return table.negatives(obj_logits, (1-alpha)/n, gamma) + (pos*(yes-no)).sum()/n
+
 # %% ../nbs/03_methods.ipynb #c019
 # name -> 'module:Class', or the class itself
 METHODS = dict(fcos='ala_nb.fcos:FCOS', atss='ala_nb.ciou_atss:ATSS', ciou_atss='ala_nb.ciou_atss:CombinedIoU',
-               autoassign='ala_nb.autoassign:AutoAssign', dw='ala_nb.dw:DW', poto='ala_nb.o2f:POTO', o2f='ala_nb.o2f:OneToFew',
-               ala='ala_nb.ala:ALA')
+               autoassign='ala_nb.autoassign:AutoAssign', dw='ala_nb.dw:DW', poto='ala_nb.o2f:POTO',
+               o2f='ala_nb.o2f:OneToFew', ala='ala_nb.ala:ALA')
 
 @functools.cache
 def installed()->dict: # name -> 'module:Class'
@@ -191,27 +214,36 @@ def available()->list:
     "Names that `build` knows: ours, those of `register` and those of installed packages."
     return sorted({*METHODS, *installed()})
 
+# %% ../nbs/03_methods.ipynb #b9dfcdb
+def import_named(
+    field:str, address:str, module:str, # for the message; what to import
+): # the module
+    "A module by its name; `InputError` if it is not there, or fails when it is imported."
+    try: return importlib.import_module(module)
+    except Exception as e:
+        absent = isinstance(e, ModuleNotFoundError) and e.name and f'{module}.'.startswith(f'{e.name}.')
+        if absent: raise InputError(f"{field}: {address!r}: there is no module {e.name!r}; "
+                                    "install its package, or put its folder on PYTHONPATH") from e
+        last = traceback.extract_tb(e.__traceback__)[-1]
+        raise InputError(f"{field}: {address!r}: {module} cannot be imported: {type(e).__name__}: {e} "
+                         f"({Path(last.filename).name}, line {last.lineno})") from e
+
 def class_at(
     field:str,   # what is asked for, for the message: 'method'
     address:str, # 'package.module:Class'
     base:type,   # what the class must be a subclass of
 )->type:
-    "The class at an address; `InputError` if its module cannot be imported, has no such class, or the class is of another kind."
+    "The class at an address; `InputError` if it cannot be imported, does not exist, or is of another kind."
     module, _, name = address.partition(':')
     if not all(word.isidentifier() for word in (*module.split('.'), *name.split('.'))):
         raise InputError(f"{field}: {address!r} is no address of a class; give 'package.module:Class'")
-    try: found = importlib.import_module(module)
-    except Exception as e:
-        if isinstance(e, ModuleNotFoundError) and e.name and f'{module}.'.startswith(f'{e.name}.'): raise InputError(
-            f"{field}: {address!r}: there is no module {e.name!r}; install its package, or put its folder on PYTHONPATH") from e
-        last = traceback.extract_tb(e.__traceback__)[-1]
-        raise InputError(f"{field}: {address!r}: {module} cannot be imported: {type(e).__name__}: {e} "
-                         f"({Path(last.filename).name}, line {last.lineno})") from e
+    found = import_named(field, address, module)
     cls = functools.reduce(lambda o,word: getattr(o, word, None), name.split('.'), found)
     if isinstance(cls, type) and issubclass(cls, base): return cls
     known = [k for k,v in vars(found).items() if isinstance(v, type) and issubclass(v, base) and v is not base]
-    raise InputError(f"{field}: {address!r}: {name} {'does not exist there' if cls is None else f'is no subclass of {base.__name__}'}; " +
-                     (f"did you mean {nearest(name, known)}?" if known else f"{module} has no subclass of {base.__name__}"))
+    wrong = f'{name} does not exist there' if cls is None else f'{name} is no subclass of {base.__name__}'
+    instead = f'did you mean {nearest(name, known)}?' if known else f'{module} has no subclass of {base.__name__}'
+    raise InputError(f"{field}: {address!r}: {wrong}; {instead}")
 
 # %% ../nbs/03_methods.ipynb #b3a6f41
 def method_class(
@@ -228,37 +260,43 @@ def register(
     name:str, # the new name
     cls,      # subclass of `Method`, or 'package.module:Class'
 ):
-    "Give a method of your own a name for `build` and `Detector`, in this process; `InputError` if the name is another's."
-    if not (isinstance(name, str) and name.isidentifier()): raise InputError(f"name: {name!r}; give one word, without spaces, dots and colons")
+    "Give a method a name for `build` and `Detector`, in this process; `InputError` if the name is another's."
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise InputError(f"name: {name!r}; give one word, without spaces, dots and colons")
     if not (isinstance(cls, str) or isinstance(cls, type) and issubclass(cls, Method)):
         raise InputError(f"cls: {cls!r}; give a subclass of Method, or 'package.module:Class'")
     if isinstance(cls, str): class_at('method', cls, Method)
     there = METHODS.get(name, installed().get(name))
-    if there not in (None, cls) and not _same_source(there, cls): raise InputError(f"name: {name!r} is taken by {there}; choose another")
+    if there not in (None, cls) and not _same_source(there, cls):
+        raise InputError(f"name: {name!r} is taken by {there}; choose another")
     METHODS[name] = cls
 
 def _same_source(a, b)->bool:
     "Two classes of one name and module: the cell or module that defines it was run again."
-    return isinstance(a, type) and isinstance(b, type) and (a.__module__, a.__qualname__) == (b.__module__, b.__qualname__)
+    both = isinstance(a, type) and isinstance(b, type)
+    return both and (a.__module__, a.__qualname__) == (b.__module__, b.__qualname__)
 
+# %% ../nbs/03_methods.ipynb #be9435d
 def method_name(
     cls:type, # of a method
 )->str:
-    "Name or address under which `build` finds this class; `InputError` if it stands in a notebook, a script or a function."
+    "Name or address under which `build` finds this class; `InputError` if it stands in a notebook, script or function."
     address = f'{cls.__module__}:{cls.__qualname__}'
     for name,where in METHODS.items():
         if where == address: return name
-    if cls.__module__ != '__main__' and '<locals>' not in address and class_at('method', address, Method) is cls: return address
+    importable = cls.__module__ != '__main__' and '<locals>' not in address
+    if importable and class_at('method', address, Method) is cls: return address
     for name,where in METHODS.items():
         if where is cls: return name
-    raise InputError(f"method: {cls.__name__} cannot be written down, because it is defined in a notebook, a script or a function; "
-                     "move it to a module, or give it a name with ala_nb.methods.register")
+    raise InputError(f"method: {cls.__name__} cannot be written down, because it is defined in a notebook, a script or "
+                     "a function; move it to a module, or give it a name with ala_nb.methods.register")
 
 # %% ../nbs/03_methods.ipynb #b533b45
 # annotation of an option: what fits it, and what to give instead of what does not
 KINDS = {bool: (lambda v: isinstance(v, bool), 'True or False'),
          int: (lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool), 'a whole number'),
-         float: (lambda v: isinstance(v, numbers.Real) and not isinstance(v, bool) and math.isfinite(v), 'a finite number'),
+         float: (lambda v: isinstance(v, numbers.Real) and not isinstance(v, bool) and math.isfinite(v),
+                 'a finite number'),
          str: (lambda v: isinstance(v, str), 'a word'), type(None): (lambda v: v is None, 'None')}
 
 def method_options(
@@ -277,9 +315,11 @@ def method_options(
 def fits(annotation, value)->tuple: # does it? and what would
     "Does a value fit an annotation such as `float` or `float|None`? Whatever is not in `KINDS` fits anything."
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    kinds = [KINDS.get(a) if isinstance(a, type) else None for a in (typing.get_args(annotation) if union else (annotation,))]
+    parts = typing.get_args(annotation) if union else (annotation,)
+    kinds = [KINDS.get(a) if isinstance(a, type) else None for a in parts]
     return (None in kinds or any(k[0](value) for k in kinds)), ' or '.join(k[1] for k in kinds if k)
 
+# %% ../nbs/03_methods.ipynb #ba960fd
 def check_options(
     name:str,     # of the method, for the message
     cls:type,     # its class
@@ -289,9 +329,11 @@ def check_options(
     (None passes where it is the default), and for one that is missing."""
     known = method_options(cls)
     for o,v in options.items():
-        if o not in known: raise InputError(f"{name}: no option {o!r}" + (f"; did you mean {nearest(o, list(known))}?" if known else '; it has none'))
+        if o not in known: raise InputError(
+            f"{name}: no option {o!r}; " + (f"did you mean {nearest(o, list(known))}?" if known else 'it has none'))
         ok, words = fits(known[o].annotation, v)
-        if not ok and not (v is None and known[o].default is None): raise InputError(f"{o}: {v!r} does not work for {name}; give {words}")
+        if not ok and not (v is None and known[o].default is None):
+            raise InputError(f"{o}: {v!r} does not work for {name}; give {words}")
     missing = [o for o,p in known.items() if p.default is p.empty and o not in options]
     if missing: raise InputError(f"{name}: option {missing[0]!r} is missing and has no default")
 
@@ -300,8 +342,8 @@ def build(
     num_classes:int, # K
     **options,       # the method's own options
 )->Method:
-    """A method by its name or the address of its class; `InputError` with the nearest names if the method or an option does not
-    exist, and for an option of the wrong type."""
+    """A method by its name or the address of its class; `InputError` with the nearest names if the method or an option
+    does not exist, and for an option of the wrong type."""
     cls = method_class(name)
     check_options(name, cls, options)
     method = cls(num_classes, **options)
@@ -326,14 +368,15 @@ def finished_runs(
 def mean_runs(
     runs:list, # of `finished_runs`
 )->dict: # (method, options) -> dict
-    """Runs that differ only in their seed, averaged: the mean of each number; 'seeds', how many runs; 'spreads', largest minus
-    smallest of each number, and 'spread', that of AP."""
+    """Runs that differ only in their seed, averaged: the mean of each number; 'seeds', how many runs; 'spreads',
+    largest minus smallest of each number, and 'spread', that of AP."""
     groups, out = {}, {}
     for r in runs: groups.setdefault((r['method'], r['options']), []).append(r)
     for key,rs in groups.items():
         numbers = [k for k in rs[0] if all(isinstance(r[k], float) for r in rs)]
         spreads = {k: max(r[k] for r in rs)-min(r[k] for r in rs) for k in numbers}
-        out[key] = {k: sum(r[k] for r in rs)/len(rs) for k in numbers} | dict(seeds=len(rs), spreads=spreads, spread=spreads['AP'])
+        means = {k: sum(r[k] for r in rs)/len(rs) for k in numbers}
+        out[key] = means | dict(seeds=len(rs), spreads=spreads, spread=spreads['AP'])
     return out
 
 def runs_table(

@@ -13,7 +13,7 @@ K, STRIDES = 3, (8, 16, 32)
 # what uses a function or a method: name of a method and options; without an entry, the module's first method as it is
 BUILD = dict(fcos=('fcos', {}), ciou_atss=('ciou_atss', {}), o2f=('o2f', {}), ipb=('ala', {}), opm=('ala', {}), ps3=('ala', {}), ala=('ala', {}))
 BUILD |= {
-    'ciou_atss.joint_class_loss': ('atss', dict(third_branch='objectness')), 'ciou_atss.weight_at': ('ciou_atss', dict(pred_weight='rising')),
+    'ciou_atss.weight_at': ('ciou_atss', dict(pred_weight='rising')),
     'o2f.match_one_to_one': ('poto', {}), 'o2f.POTO': ('poto', {}), 'ciou_atss.ATSS': ('atss', {}),
     'ala.ALA._paper': ('ala', dict(variant='paper'))}
 # what moves no loss, and why
