@@ -20,7 +20,7 @@ BUILD |= {
 EXCEPT = {
     'fcos.ascending': 'checks an option', 'ciou_atss.check_weight': 'checks an option',
     'ipb.map_iou': "the measure of ALA's Table II, no part of a loss"}
-UNREAD = 'location_scores', 'combine', 'scores', 'explain'   # what ranks detections, and what explains weights; no loss reads them
+UNREAD = 'location_scores', 'combine', 'scores', 'explain', 'over_candidates'   # what ranks detections, and what explains weights: no loss reads them
 
 def batch(dtype, seed=0):
     "Two images; objects that overlap, two of them of one class, one without a location; boxes near the truth, so that no weight is 0."
