@@ -7,20 +7,24 @@ from ala_nb.geometry import boxes_to_distances, grid_points, level_sizes
 from ala_nb.methods import build, Method
 from ala_nb.pairs import Objects, Pairs, Predictions
 
-MODULES = ['fcos', 'ciou_atss', 'o2f', 'ipb', 'opm', 'ps3', 'ala']
+MODULES = ['fcos', 'ciou_atss', 'autoassign', 'dw', 'o2f', 'ipb', 'opm', 'ps3', 'ala']
 K, STRIDES = 3, (8, 16, 32)
 
 # what uses a function or a method: name of a method and options; without an entry, the module's first method as it is
-BUILD = dict(fcos=('fcos', {}), ciou_atss=('ciou_atss', {}), o2f=('o2f', {}), ipb=('ala', {}), opm=('ala', {}), ps3=('ala', {}), ala=('ala', {}))
+BUILD = dict(fcos=('fcos', {}), ciou_atss=('ciou_atss', {}), autoassign=('autoassign', {}), dw=('dw', {}), o2f=('o2f', {}), ipb=('ala', {}), opm=('ala', {}), ps3=('ala', {}), ala=('ala', {}))
 BUILD |= {
     'ciou_atss.weight_at': ('ciou_atss', dict(pred_weight='rising')),
     'o2f.match_one_to_one': ('poto', {}), 'o2f.POTO': ('poto', {}), 'ciou_atss.ATSS': ('atss', {}),
-    'ala.ALA._paper': ('ala', dict(variant='paper'))}
+    'ala.ALA._paper': ('ala', dict(variant='paper')), 'autoassign.explicit_objectness': ('autoassign', dict(objectness='explicit')),
+    **{f'dw.{n}': ('dw', dict(variant='paper')) for n in ('consistency', 'neg_probability')},
+    'dw.aligned_target': ('dw', dict(weighting='tood')), 'dw.coupled_weights': ('dw', dict(weighting='gfl')), 'dw.autoassign_weights': ('dw', dict(weighting='autoassign'))}
 # what moves no loss, and why
 EXCEPT = {
-    'fcos.ascending': 'checks an option', 'ciou_atss.check_weight': 'checks an option',
+    'fcos.ascending': 'checks an option', 'dw.read_bag': 'checks an option', 'ciou_atss.check_weight': 'checks an option',
     'ipb.map_iou': "the measure of ALA's Table II, no part of a loss"}
 UNREAD = 'location_scores', 'combine', 'scores', 'explain', 'over_candidates'   # what ranks detections, and what explains weights: no loss reads them
+
+CONSTRUCTION = '__init__', '_set', 'add_prior'           # called before there is a loss
 
 def batch(dtype, seed=0):
     "Two images; objects that overlap, two of them of one class, one without a location; boxes near the truth, so that no weight is 0."
@@ -41,6 +45,7 @@ def batch(dtype, seed=0):
 
 def perturbed(x):
     "Another value of the same kind."
+    if x is None: return None
     if isinstance(x, torch.Tensor):
         some = (torch.arange(x.numel()) % 3 == 0).reshape(x.shape)
         if x.is_floating_point(): return x*(1 - .25*some)                          # not one factor: some things are normalised
@@ -61,7 +66,7 @@ def made(key, dtype):
     torch.manual_seed(0)
     method = build(name, K, **options, **(dict(in_channels=16) if name == 'ala' else {})).to(dtype)
     with torch.no_grad():
-        for p in method.parameters(): p.copy_(torch.randn(p.shape)*.1)              # a learned part that does something
+        for p in method.parameters(): p.add_(torch.randn(p.shape)*.1)              # a learned part that does something
     return method
 
 def losses_of(method, dtype):
@@ -79,7 +84,7 @@ def own_methods():
         module = importlib.import_module(f'ala_nb.{m}')
         for c in (getattr(module, n) for n in module.__all__):
             if not (inspect.isclass(c) and issubclass(c, nn.Module)): continue
-            yield from (f'{m}.{c.__name__}.{k}' for k, v in vars(c).items() if inspect.isfunction(v) and k not in ('__init__', '_set') and not k.startswith('_orig_'))
+            yield from (f'{m}.{c.__name__}.{k}' for k, v in vars(c).items() if inspect.isfunction(v) and k not in CONSTRUCTION and not k.startswith('_orig_'))
 
 each_dtype = pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=['f32', 'f64'])
 
