@@ -9,10 +9,11 @@ __all__ = ['default_ranges', 'in_level_range', 'assign_static', 'ascending', 'FC
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from fastcore.basics import patch
 from .geometry import InputError, distance_iou, distance_giou, centerness
 from .pairs import Predictions, Objects, Pairs, center_pairs, inside_pairs
-from .losses import ClassTable, focal_positive, focal_negative, normalizer
-from .methods import Method, HeadSpec, Assignment, choice, in_range
+from .losses import ClassTable, normalizer
+from .methods import Method, HeadSpec, Assignment, choice, focal_loss, in_range
 
 # %% ../nbs/06_fcos.ipynb #c005
 def default_ranges(
@@ -44,7 +45,9 @@ def assign_static(
 # %% ../nbs/06_fcos.ipynb #c014
 def ascending(limits)->bool:
     "Positive numbers, each above the one before?"
-    return isinstance(limits, (tuple,list)) and all(isinstance(x, (int,float)) and not isinstance(x, bool) for x in limits) and all(a < b for a,b in zip((0,*limits), limits))
+    if not isinstance(limits, (tuple,list)): return False
+    numbers = all(isinstance(x, (int,float)) and not isinstance(x, bool) for x in limits)
+    return numbers and all(a < b for a,b in zip((0,*limits), limits))
 
 class FCOS(Method):
     "FCOS: centre sampling, level ranges, smallest box first; centre-ness branch."
@@ -52,51 +55,68 @@ class FCOS(Method):
     def __init__(self,
         num_classes:int,            # K
         centre_sampling=1.5,        # half side of the centre square in strides, clipped to the box; None: the whole box
-        ranges=None,                # upper limits of all levels but the last, px; None: 8 strides of each (64, 128, 256, 512)
+        ranges=None,                # upper limits of all levels but the last, px; None: 8 strides of each (64 ... 512)
         reg_loss:str='giou',        # 'giou' or 'iou' (-log IoU)
         third_branch='centerness',  # 'centerness', 'objectness' (ImpObj, AutoAssign's Table 5) or None
-        variant:str='paper',        # 'mmdet': with mmdetection's ε in the divisors; 'torchvision': boxes not weighted by centre-ness
+        variant:str='paper',        # 'mmdet': its ε in the divisors; 'torchvision': boxes not weighted by centre-ness
+        focal_alpha:float=.25, focal_gamma:float=2., # α and γ of the focal loss
     ):
-        choice('variant', variant, self.variants)
-        choice('reg_loss', reg_loss, ('giou','iou')); choice('third_branch', third_branch, ('centerness','objectness',None))
+        choice('variant', variant, self.variants); choice('reg_loss', reg_loss, ('giou','iou'))
+        choice('third_branch', third_branch, ('centerness','objectness',None))
         super().__init__(num_classes, HeadSpec(cls_prior=.01, third=third_branch, box_activation='exp'))
         if centre_sampling is not None: in_range('centre_sampling', centre_sampling, 0, 1e3, 'None or a number')
-        if ranges is not None and not ascending(ranges): raise InputError(f"ranges: {ranges!r} does not work; give ascending limits in px such as (64, 128), one less than there are levels")
+        if ranges is not None and not ascending(ranges): raise InputError(
+            f"ranges: {ranges!r} does not work; give ascending limits in px such as (64, 128), one less than levels")
         self.centre_sampling, self.ranges, self.reg_loss, self.variant = centre_sampling, ranges, reg_loss, variant
+        self.focal_alpha = in_range('focal_alpha', focal_alpha, 0, 1)
+        self.focal_gamma = in_range('focal_gamma', focal_gamma, 0, 10)
         self.eps = 2.**-23 if variant == 'mmdet' else 0.     # float32's, which mmdetection adds to divisors
         self.score_power = .5 if third_branch=='centerness' else 1.
 
     def limits(self, preds):
+        "Upper limits of all levels but the last, px."
         limits = default_ranges(preds.level_strides) if self.ranges is None else list(self.ranges)
         if len(limits) != len(preds.level_sizes)-1: raise InputError(
             f"ranges: {len(limits)} limits for {len(preds.level_sizes)} levels; give one less than there are levels")
         return limits
 
-    def _pairs(self, preds, objects):
-        pairs = inside_pairs(preds, objects) if self.centre_sampling is None else center_pairs(preds, objects, self.centre_sampling)
-        return pairs, assign_static(pairs, self.limits(preds)).to(preds.dtype)
+# %% ../nbs/06_fcos.ipynb #be0688e
+@patch
+def select(self:FCOS, preds, objects):
+    "Candidate pairs, and which of them are positive, (E,) 0 or 1."
+    radius = self.centre_sampling
+    pairs = inside_pairs(preds, objects) if radius is None else center_pairs(preds, objects, radius)
+    return pairs, assign_static(pairs, self.limits(preds)).to(preds.dtype)
 
-    def assign(self, preds, objects, progress):
-        pairs, pos = self._pairs(preds, objects)
-        table, third, n = ClassTable(preds, pairs), self.head.third, normalizer(pos.sum())
-        if self.eps: n = (n.float() + self.eps).to(n)         # the release counts in float32, where the ε is lost from 2 on
-        obj = preds.obj_logits if third=='objectness' else None
-        obj_at = None if obj is None else pairs.third(preds)
-        at_pairs = focal_positive(table.logits, obj_at) - .75*focal_negative(table.logits, obj_at)
-        losses = dict(loss_cls=table.negatives(obj, .75/n) + (pos*at_pairs).sum()/n)
-        ctr = centerness(pairs.targets)*pos
-        pred = pairs.distances(preds)
-        box = 1-distance_giou(pred, pairs.targets) if self.reg_loss=='giou' else -distance_iou(pred, pairs.targets).clamp(min=1e-6).log()
-        weight, n_box = (pos, n) if self.variant == 'torchvision' else (ctr, normalizer(ctr.sum(), 1e-6) + self.eps)
-        losses['loss_reg'] = (box*weight).sum()/n_box
-        if third=='centerness':
-            losses['loss_centerness'] = (F.binary_cross_entropy_with_logits(pairs.third(preds), ctr, reduction='none')*pos).sum()/n
-        return Assignment(losses, pairs, dict(pos=pos, neg=1-pos, quality=ctr), lambda: self.explain(preds, pairs))
+@patch
+def box_loss(self:FCOS, distances, targets):
+    "1 - GIoU, or -log IoU, of each pair's box, (E,)."
+    if self.reg_loss == 'giou': return 1 - distance_giou(distances, targets)
+    return -distance_iou(distances, targets).clamp(min=1e-6).log()
 
-    def explain(self, preds, pairs):
-        "Factors, formulas and constants behind the weights."
-        l,t,r,b = pairs.targets.unbind(-1); limits = self.limits(preds)
-        of_level = lambda limits: pairs.targets.new_tensor(limits)[pairs.level]
-        factors = dict(reach=pairs.targets.amax(-1), low=of_level([0, *limits]), high=of_level([*limits, torch.inf]), area=(l+r)*(t+b),
-                       centerness=centerness(pairs.targets))
-        return factors, dict(fits='(reach >= low) & (reach <= high)', pos='wins(where(fits, -area, -inf))', neg='1 - pos', quality='centerness*pos'), {}
+@patch
+def assign(self:FCOS, preds, objects, progress):
+    pairs, pos = self.select(preds, objects)
+    third, n, ctr = self.head.third, normalizer(pos.sum()), centerness(pairs.targets)*pos
+    if self.eps: n = (n.float() + self.eps).to(n)         # the release counts in float32, where the ε is lost from 2 on
+    branch = pairs.third(preds) if third else None
+    objectness = (preds.obj_logits, branch) if third == 'objectness' else (None, None)
+    weight, n_box = (pos, n) if self.variant == 'torchvision' else (ctr, normalizer(ctr.sum(), 1e-6) + self.eps)
+    table = ClassTable(preds, pairs)
+    losses = dict(loss_cls=focal_loss(table, pos, n, *objectness, self.focal_alpha, self.focal_gamma),
+                  loss_reg=(self.box_loss(pairs.distances(preds), pairs.targets)*weight).sum()/n_box)
+    if third == 'centerness':
+        entropy = F.binary_cross_entropy_with_logits(branch, ctr, reduction='none')
+        losses['loss_centerness'] = (entropy*pos).sum()/n
+    return Assignment(losses, pairs, dict(pos=pos, neg=1-pos, quality=ctr), lambda: self.explain(preds, pairs))
+
+@patch
+def explain(self:FCOS, preds, pairs):
+    "Factors, formulas and constants behind the weights."
+    l,t,r,b = pairs.targets.unbind(-1); limits = self.limits(preds)
+    of_level = lambda limits: pairs.targets.new_tensor(limits)[pairs.level]
+    factors = dict(reach=pairs.targets.amax(-1), low=of_level([0, *limits]), high=of_level([*limits, torch.inf]),
+                   area=(l+r)*(t+b), centerness=centerness(pairs.targets))
+    formula = dict(fits='(reach >= low) & (reach <= high)', pos='wins(where(fits, -area, -inf))', neg='1 - pos',
+                   quality='centerness*pos')
+    return factors, formula, {}
