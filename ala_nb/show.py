@@ -7,9 +7,8 @@ __all__ = ['PALETTE', 'CURVES', 'ALARM', 'SCALE', 'Picture', 'panels', 'as_array
            'contrast', 'place_texts', 'px_per_point', 'draw_texts', 'draw_boxes', 'class_legend', 'confident',
            'operating_point', 'prediction_grid', 'nothing_to_show', 'read_rows', 'running_mean', 'draw_curve',
            'plain_log', 'curves', 'weight_scale', 'glow', 'draw_discs', 'draw_weights', 'object_number', 'bag', 'brief',
-           'steps_of', 'around', 'weight_rows', 'show_weights', 'draw_best', 'half_trained', 'compare_methods',
-           'pick_objects', 'relative', 'show_assignment', 'level_maps', 'show_options', 'control', 'weights_widget',
-           'main']
+           'steps_of', 'around', 'weight_rows', 'show_weights', 'draw_best', 'compare_methods', 'pick_objects',
+           'relative', 'show_assignment', 'level_maps', 'show_options', 'control', 'weights_widget', 'main']
 
 # %% ../nbs/17_show.ipynb #c002
 import base64, csv, io, math
@@ -25,8 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
-from .geometry import InputError, centerness, level_sizes
-from .pairs import Objects, Predictions, inside_pairs
+from .geometry import InputError
 
 # %% ../nbs/17_show.ipynb #c005
 class Picture(Figure):
@@ -467,29 +465,6 @@ def draw_best(row, out, preds, name, image, obj):
     ax = row[sorted(set(level.tolist())).index(level[i])]
     ax.plot(*xy[i], '+', c='#56B4E9', ms=7, mew=1.5, scalex=False, scaley=False)
     ax.plot(np.clip([x1,x2,x2,x1,x1],-1e5,1e5), np.clip([y1,y1,y2,y2,y1],-1e5,1e5), ':', c='#56B4E9', lw=1.8, scalex=False, scaley=False)
-
-# %% ../nbs/17_show.ipynb #c050
-def half_trained(
-    images,      # (3, H, W) each: only their sizes count
-    targets,     # of the images: 'boxes' (G, 4) xyxy px, 'labels' (G,)
-    classes:int, # K
-    strides=(8,16,32,64), # px
-    seed:int=0,
-): # Predictions and Objects of the batch
-    "Predictions as after a while of training, for pictures without a network: near the middle of an object, on a level that suits it, score and box are good."
-    g = torch.Generator().manual_seed(seed); objects = Objects.from_targets(targets)
-    size = [max(x.shape[k] for x in images) for k in (1,2)]
-    maps = lambda c: [torch.zeros(len(images), c, *s) for s in level_sizes(*size, strides)]
-    grid = Predictions.from_maps(maps(classes), maps(4), strides=strides); pairs = inside_pairs(grid, objects)
-    logits = torch.randn(len(images), grid.n_locations, classes, generator=g)*.5-4
-    d = torch.rand(len(images), grid.n_locations, 4, generator=g)*grid.strides[:,None]*3
-    side = (objects.boxes[:,2:]-objects.boxes[:,:2]).amax(1)[pairs.obj]
-    suits = centerness(pairs.targets)*torch.exp(-(side/pairs.stride/5).log2()**2/2)     # best where the object is five strides long
-    by_side = side.sort(descending=True)[1]                                             # small objects last, over large ones
-    p = pairs; i, l, k = p.image[by_side], p.loc[by_side], p.labels[by_side]
-    noise = torch.randn(len(p), 4, generator=g)*(1.05-suits)[:,None]*.45
-    logits[i,l,k] += (6*suits + torch.randn(len(p), generator=g)*.4)[by_side]; d[i,l] = (p.targets*noise.exp())[by_side]
-    return Predictions(logits, d, grid.points, grid.strides, torch.zeros(len(images), grid.n_locations)), objects
 
 # %% ../nbs/17_show.ipynb #c055
 def compare_methods(
