@@ -780,17 +780,19 @@ class BatchOrder(Sampler):
         group:bool=True, # put images of like shape together
         drop_last:bool=False, # leave out images that do not fill a batch
         rank:int=0, world_size:int=1, # this process, and how many there are
+        only=None,       # indices of the images to take; None: all
     ):
         if batch_size<1: raise InputError(f'batch_size: {batch_size}; take 1 or more')
         hw = np.array(sizes, np.float64).reshape(-1,2)
         self.bin = np.round(2*np.log2(hw[:,1]/hw[:,0])).astype(int) if group else np.zeros(len(hw), int)
         self.batch_size, self.shuffle, self.seed, self.drop_last = batch_size, shuffle, seed, drop_last
         self.rank, self.world_size, self.epoch, self.start = rank, world_size, 0, 0
+        self.taken = np.isin(np.arange(len(hw)), np.arange(len(hw)) if only is None else np.asarray(only, int))
     def batches(self, epoch):
         "This process's share of an epoch's batches, a list of lists of indices: every W-th image in training, every W-th batch in evaluation."
         n, b, bits = len(self.bin), self.batch_size, Bits(self.seed, 0, epoch)
         order = bits.permutation(n) if self.shuffle else np.arange(n)
-        full, rest = [], []
+        order, full, rest = order[self.taken[order]], [], []
         for k in np.unique(self.bin):
             mine = order[self.bin[order]==k]; cut = len(mine)//b*b
             full += mine[:cut].reshape(-1,b).tolist(); rest += mine[cut:].tolist()
@@ -919,11 +921,12 @@ def make_loader(
     drop_last:bool=False, # leave out images that do not fill a batch
     rank:int=0, world_size:int=1, # this process among those that share the work
     pin_memory:bool=False, # page-locked batches, for a GPU
+    only=None,           # indices of the images to take; None: all
 )->Loader:
     "Batches for training or evaluation; the same ones with any number of workers."
     if train: need_objects(ds)
     if workers: ds.prepare()
-    order = BatchOrder(ds.sizes, batch_size, train, seed, group, drop_last, rank, world_size)
+    order = BatchOrder(ds.sizes, batch_size, train, seed, group, drop_last, rank, world_size, only)
     return Loader(Items(ds, transforms, seed, train), batch_sampler=order, collate_fn=send if workers else collate, num_workers=workers, pin_memory=pin_memory,
                   # its own generator: none of the model's chance is used up
                   persistent_workers=workers>0, worker_init_fn=_leave_to_parent, generator=torch.Generator().manual_seed(0))

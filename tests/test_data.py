@@ -470,12 +470,14 @@ def test_batch_order(n, b, seed, epoch, world, group, train, drop):
     rng = np.random.default_rng(seed); sizes = [(480,640) if x else (640,480) for x in rng.integers(0,2,n)]
     parts = [BatchOrder(sizes, b, train, seed, group, drop, r, world) for r in range(world)]
     lists = [p.batches(epoch) for p in parts]; flat = [i for l in lists for x in l for i in x]
-    assert lists==[p.batches(epoch) for p in parts] and all(len(p)==len(l) for p,l in zip(parts, lists)) and all(1<=len(x)<=b for l in lists for x in l)
+    assert lists==[p.batches(epoch) for p in parts] and all(len(p)==len(l) for p,l in zip(parts, lists)) and all(len(x)<=b for l in lists for x in l)
     if not drop: assert set(flat)==set(range(n))                                                          # everything is seen
-    if world==1 or not train: assert len(flat)==len(set(flat))                                            # once
+    assert len(flat)==len(set(flat))                                                                      # once
     if train: assert len({len(l) for l in lists})==1                                                      # equally many steps everywhere
-    if drop and len(flat)>=b and n>=2*b: assert all(len(x)==b for l in lists for x in l) or n-len(set(flat))==0
     whole = BatchOrder(sizes, b, train, seed, group, drop).batches(epoch)
+    if drop and len(flat)>=b and n>=2*b: assert all(len(x)==b for x in whole) or n-len(set(flat))==0
+    if train: assert [sorted(i for l in lists for i in l[k]) for k in range(len(whole))]==[sorted(x) for x in whole]   # each batch is shared
+    else: assert all(x in whole for l in lists for x in l)                                                # whole batches
     if group: assert sum(len({sizes[i] for i in x})>1 for x in whole)<=-(-2*b//b)                         # only left-over batches mix shapes
     start = int(rng.integers(0, len(whole)+1)); o = BatchOrder(sizes, b, train, seed, group, drop); o.set = o.start = start; o.epoch = epoch
     assert [[i for _,i in x] for x in o]==whole[start:] and len(list(o))==len(whole)

@@ -155,6 +155,51 @@ def test_training_images_without_objects(folder, capsys):
     assert (cut.report['images'], cut.report['objects'], cut.report['empty']) == (2, len(ds.objects(1)['labels']), 1)
     assert ds.report['images'] == 6
 
+def test_images_without_objects_are_left_out(folder):
+    def empty(d): few = {i['id'] for i in d['images'][:2]}; d['annotations'] = [a for a in d['annotations'] if a['image_id'] not in few]
+    edited(folder, 'train', empty)
+    seen, lines = [], []
+    c = T.recipe(folder, backbone='tiny', epochs=2, batch_size=3, eval_every=0, filter_empty=True, threads=1, out='run')
+    run = T.start(c)
+    run.model.register_forward_pre_hook(lambda m, args: seen.extend(t['image_id'] for t in args[1]))
+    T.train(run=run, log=lines.append)
+    assert sorted(seen) == sorted([i for i in run.train_set.ids[2:] for _ in range(2)]) and run.total == 4
+    assert '4 images to train on' in lines[0]
+
+def test_weights_of_the_newest_epochs_are_kept(tmp_path):
+    run = T.train(T.recipe(**{**TINY, 'epochs':4, 'eval_every':0}, keep=2, out='run'), log=None)
+    assert sorted(p.name for p in run.path.glob('epoch-*')) == ['epoch-3.safetensors', 'epoch-4.safetensors']
+    a, b = load_file(run.path/'epoch-4.safetensors'), load_file(run.path/'last.safetensors')
+    assert all(torch.equal(v, b[k]) for k,v in a.items()) and any(not torch.equal(v, b[k]) for k,v in load_file(run.path/'epoch-3.safetensors').items())
+
+def test_evaluation_with_nms_and_without():
+    run = T.train(T.recipe(**{**TINY, 'steps':40, 'epochs':1, 'eval_every':100}, score_threshold=.01, eval_both=True, out='run'), log=None)
+    last = run.table.rows()[-1]
+    assert last['AP_nms'] == pytest.approx(last['AP'], rel=1e-5) and 'AP_no_nms' in last and set(run.last) >= {'AP_nms', 'AP_no_nms'}
+    one = T.train(T.recipe(**{**TINY, 'steps':2, 'epochs':1, 'eval_every':100}, method='o2f', eval_both=True, out='one'), log=None)
+    assert one.last['AP_no_nms'] == one.last['AP']
+
+@pytest.mark.parametrize('fast,amp,last', [(True,'bf16','true'), (False,'off','false')])
+def test_precision_is_chosen_and_stored(folder, monkeypatch, fast, amp, last):
+    monkeypatch.setattr(T, 'fast_bf16', lambda device: fast)
+    run = T.start(T.recipe(folder, size=96, max_size=128, batch_size=2, epochs=1, threads=1, out='run'))
+    assert (run.config.amp, run.config.channels_last) == (amp, last) == tuple(T.read_run('run')['train'].__getattribute__(k) for k in ('amp','channels_last'))
+    monkeypatch.setattr(T, 'fast_bf16', lambda device: not fast)
+    assert T.resume('run', log=None).config.amp == amp                              # what began in one precision goes on in it
+    tiny = T.settle_precision(T.recipe(amp='auto', channels_last='auto', size=128), torch.device('cpu'))
+    assert (tiny.amp, tiny.channels_last) == ('off' if fast else 'bf16', 'false')
+    small = T.settle_precision(T.recipe('photos', size=64), torch.device('cpu'))
+    assert (small.amp, small.channels_last) == ('off', 'false')      # a map of one cell: wrong gradients
+
+def test_settings_from_toml(capsys):
+    toml = lambda text: Path('mine.toml').write_text(text)
+    toml('method = "dw"\nlr = 0.5\nscales = [96, 112]\nchannels_last = true\n[method_options]\nvariant = "paper"\n')
+    c = T.parse(['--config', 'mine.toml', '--lr', '0.25'])[0]
+    assert (c.method, c.lr, c.scales, c.channels_last, c.method_options) == ('dw', .25, (96,112), 'true', dict(variant='paper'))
+    for text,words_ in (('metod = "dw"', ['metod','method']), ('lr = "fast"', ['lr']), ('lr = ', ['mine.toml']), ('lr = 1\nlr = 2', ['mine.toml'])):
+        toml(text); fails(['--config', 'mine.toml'], 2, *words_, capsys=capsys)
+    fails(['--config', 'no.toml'], 2, 'no.toml', capsys=capsys)
+
 # ---- bad input --------------------------------------------------------------------------------------------------------------------
 
 def fails(args, code, *texts, capsys):
@@ -453,7 +498,5 @@ def test_every_bit_of_a_checkpoint_counts(tmp_path):
         path.write_bytes(whole[:n])
         with pytest.raises(InputError, match='damaged'): T.read_state(path)
 
-def test_errors_of_loading_processes_are_one_line():
-    e = InputError('Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File "x"\n'
-                   'ala_nb.geometry.InputError: a.jpg: truncated')
-    assert T.one_line(e) == 'a.jpg: truncated'
+def test_errors_are_one_line():
+    assert T.one_line(InputError('a.jpg:\n  truncated')) == 'a.jpg: truncated' and T.one_line(KeyError()) == 'KeyError'
