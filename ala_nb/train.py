@@ -12,8 +12,8 @@ __all__ = ['FOLDER', 'GROUPS', 'SHAPES_METHODS', 'METRICS', 'TIMES', 'SMALL', 'S
            'check_numbers', 'check_optimizer', 'take_state', 'start', 'resume', 'go_on', 'NonFinite', 'name_images',
            'to_device', 'share', 'not_finite', 'check_finite', 'single_value', 'forward_backward', 'measured',
            'validate', 'clock', 'Progress', 'describe', 'steps', 'note', 'write_row', 'every', 'checkpoint_due',
-           'set_lr', 'stopped', 'warn', 'train', 'take', 'save_pictures', 'finish', 'parse', 'read_toml', 'none_words',
-           'one_line', 'restarted', 'main']
+           'set_lr', 'stopped', 'warn', 'train', 'take', 'save_pictures', 'finish', 'parse', 'read_toml', 'with_preset',
+           'none_words', 'one_line', 'restarted', 'main']
 
 # %% ../nbs/16_train.ipynb #c002
 import argparse, contextlib, copy, csv, ctypes, dataclasses, difflib, itertools, json, math, numbers, os, platform, random, sys, time
@@ -126,6 +126,9 @@ def make_parser(kind=None) -> argparse.ArgumentParser: # kind: its class; None: 
                allow_abbrev=False, argument_default=argparse.SUPPRESS)
     p.add_argument('--resume', metavar='RUN', help='go on with an interrupted run, to the same weights as without the interruption')
     p.add_argument('--config', metavar='FILE', help="take the settings of another run (its folder or config.json) or of a TOML file of these options; options given here come first")
+    p.add_argument('--preset', metavar='NAME', help="settings of a row of a paper's table; options given here come first")
+    p.add_argument('--list_presets', action='store_true', help='list the presets and stop')
+    p.add_argument('--show', action='store_true', help='print the complete settings and stop')
     for f in dataclasses.fields(Config):
         if f.name in GROUPS: group = p.add_argument_group(GROUPS[f.name])
         group.add_argument(f'--{f.name}', **argument(f))
@@ -909,6 +912,7 @@ def parse(argv:list=None) -> tuple: # configuration or None, run to resume or No
     given = {k: dict(v) if k.endswith('_options') else v for k,v in vars(known).items()}
     if None in given.get('method_options', {}).values(): given['method_options'] = none_words(given.get('method', Config.method), given['method_options'])
     run, file = given.pop('resume', None), given.pop('config', None)
+    if given.keys() & {'preset','list_presets','show'} and (given := with_preset(given, run or file)) is None: return None, None, {}
     if run is not None and file is not None:
         raise InputError('--config: a run that is resumed keeps its own settings; leave --config or --resume out')
     if run is not None: return None, Path(run), given
@@ -931,6 +935,18 @@ def read_toml(file:Path) -> dict:
         if k not in {f.name for f in dataclasses.fields(Config)}: raise InputError(f'{file}: {no_option(k)}')
     return found
 
+def with_preset(given:dict, other) -> dict: # None where something was only to be printed
+    "Settings filled up with those of `--preset`; `--list_presets` and `--show` are answered here. `other`: a run or file that has its own."
+    from ala_nb import presets
+    if given.pop('list_presets', False): return say(presets.presets_table())
+    name, show = given.pop('preset', None), given.pop('show', False)
+    if other is not None: raise InputError('--preset, --show: a run or a file of settings has its own; leave --resume and --config out')
+    if name is not None:
+        given, said = presets.preset_knobs(name, given)
+        if os.environ.get('RANK', '0') == '0': say('\n'.join(said))
+        if not show and 'data' not in given: raise InputError('--preset: say where the images are with --data DIR')
+    return say(json.dumps(dataclasses.asdict(as_config(given) if 'data' not in given and name else recipe(**given)), indent=1)) if show else given
+
 def none_words(method:str, options:dict) -> dict:
     "Options with 'none' for an unquoted `none`, where a method's option is a word (`centre=none`) and not a number or nothing."
     known = method_options(method_class(method))
@@ -951,6 +967,7 @@ def main(argv:list=None) -> int: # exit code
     "The command `python -m ala_nb.train`."
     try:
         config, path, live = parse(argv)
+        if config is None and path is None: return 0                 # something was only to be printed
         with together(live.get('device', 'auto')):
             if path is None and first_does(lambda: restarted(config)): path, live = Path(config.out), {}
             train(config, resume(path, **live) if path else None)

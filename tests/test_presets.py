@@ -1,0 +1,89 @@
+"Every preset is a detector that can be built and trained; the command takes, lists and shows them."
+import csv, json
+import pytest, torch
+from ala_nb import presets as P, train as T
+from ala_nb.data import load_dataset, save_coco
+from ala_nb.detector import Detector
+from ala_nb.geometry import InputError
+
+SMALL = dict(resnet50='resnet18', resnet101='resnet18', resnext101_64x4d='resnet18')
+def network(p, **change): # what makes the detector, as a hashable word
+    k = p.knobs
+    return json.dumps([k['method'], k['method_options'], change.get(k['backbone'], k['backbone']), k['detector_options']], sort_keys=True)
+DETECTORS = {network(p): p.name for p in P.PRESETS.values()}
+TRAINED = {network(p, **SMALL): p.name for p in P.PRESETS.values()}
+
+@pytest.mark.parametrize('name', sorted(DETECTORS.values()))
+def test_every_preset_builds_at_full_size(name):
+    "All layers, without their numbers."
+    c = T.as_config(P.PRESETS[name].knobs)
+    with torch.device('meta'): model = Detector(c.method, c.backbone, 80, method_options=c.method_options, **c.detector_options)
+    assert 30e6 < sum(p.numel() for p in model.parameters()) < 130e6
+    assert ('DeformConv' in {type(m).__name__ for m in model.body.modules()}) == ('_dcn' in name)
+    assert len(model.strides) == 5 and not next(model.body.parameters()).requires_grad
+
+@pytest.mark.parametrize('name', sorted(TRAINED.values()))
+def test_every_preset_takes_two_steps(name):
+    "Its method, head and backbone's options, narrow and shallow, with its optimiser."
+    torch.manual_seed(0)
+    c = T.as_config(P.PRESETS[name].knobs)
+    model = Detector(c.method, SMALL.get(c.backbone, c.backbone), 3, method_options=c.method_options, channels=16, head_convs=1, **c.detector_options).train()
+    optimizer = T.make_optimizer(model, c)
+    images = [torch.rand(3, 64, 96), torch.rand(3, 64, 64)]
+    targets = [dict(boxes=torch.tensor([[4., 4, 60, 50], [30, 10, 90, 60]]), labels=torch.tensor([0, 2])), dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))]
+    before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    for step in range(2):
+        losses = model(images, targets, progress=step/2)
+        sum(losses.values()).backward(); optimizer.step(); optimizer.zero_grad()
+        assert all(v.isfinite() for v in losses.values())
+    after = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.isfinite().all() for p in after) and sum(not torch.equal(a, b) for a, b in zip(before, after)) > len(after)/2
+
+def test_every_own_row_has_a_preset():
+    "Rows of the papers' final tables, by what is printed."
+    rows = {(p.paper, p.ap.split()[0] if p.ap[0].isdigit() else p.ap.split()[1].rstrip(',')) for p in P.PRESETS.values()}
+    have = lambda table: {ap for paper, ap in rows if paper.startswith(table)}
+    assert have('ALA, Table XIII') == {'48.4', '47.9', '48.0', '49.3'} and have('ALA, Table XIV') == {'48.9', '52.3'}
+    assert have('ALA, Table XVII') == {'44.4', '45.4'} and have('ALA, Table XVI') >= {'90.1', '87.4'}
+    assert have('AutoAssign, Table 6') == {'44.5', '46.5', '48.3', '49.5', '52.1'} and have('AutoAssign, Table 7') == {'57.9', '21.6', '49.5'}
+    assert have('Combined IoUs, Table IV') == {'40.3', '44.4', '44.7', '47.3'}
+    assert have('DW, Table 7') == {'46.2', '46.8', '49.3', '49.5', '48.2', '48.7', '49.8'}
+    assert have('o2f, Table 5') == {'38.4', '38.7', '39.0', '41.6', '42.0', '42.2'} and have('o2f, Table 6') == {'40.9', '43.8'} and have('o2f, Table 7') == {'42.9', '46.1'}
+    assert have('o2f, Table 4') == {'35.3', '37.9', '36.7', '10.6', '35.5', '38.1', '39.0', '10.4'} and have('o2f, Table 8') == {'90.9'}
+
+def test_rates_follow_the_batch_and_drops_are_the_papers():
+    knobs, said = P.preset_knobs('dw_r50_1x', dict(batch_size=32))
+    assert knobs['lr'] == pytest.approx(.02) and any('32' in s for s in said)
+    for name, epochs, drops in (('dw_r50_1x', 12, (8, 11)), ('ala_r101_2x_ms', 24, (16, 22)), ('o2f_r50_3x_ms', 36, (24, 33)), ('o2f_crowdhuman', 50, (40,))):
+        c = T.as_config(P.PRESETS[name].knobs); total = epochs*1000
+        at = [s for s in range(1, total) if T.lr_factor(s, total, 0, c.schedule, c.milestones, c.gamma) < .5*T.lr_factor(s-1, total, 0, c.schedule, c.milestones, c.gamma)]
+        assert c.epochs == epochs and at == [1000*d for d in drops]
+
+def test_command_lists_and_shows(capsys):
+    assert T.main(['--list_presets']) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in P.PRESETS) and 'NOT HERE' in out
+    assert T.main(['--preset', 'dw_r50_1x', '--show', '--batch_size', '4']) == 0
+    out = capsys.readouterr().out
+    shown = json.loads(out[out.index('{\n'):])
+    assert shown['lr'] == .0025 and shown['milestones'] == [8/12, 11/12] and set(shown) == {f.name for f in T.dataclasses.fields(T.Config)}
+
+@pytest.mark.parametrize('argv,words', [(['--preset', 'dw_r50_x1', '--data', 'x'], 'dw_r50_1x'), (['--preset', 'dw_r50_1x'], '--data'), (['--preset', 'dw_r50_1x', '--resume', 'x'], '--preset'),
+                                        (['--preset', 'dw_r50_1x', '--data', 'nowhere'], 'nowhere')])
+def test_bad_presets_end_in_a_line(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert T.main(argv) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count('\n') == 1 and not list(tmp_path.iterdir())
+
+def test_a_preset_trains_by_the_command(tmp_path, capsys):
+    "A small copy of a row on a folder in COCO's form: everything but network and sizes is the preset's."
+    for split in ('train', 'val'): save_coco(load_dataset('shapes', split, n=4), tmp_path/'data')
+    argv = ['--preset', 'dw_r50_1x', '--data', tmp_path/'data', '--train_split', 'train', '--val_split', 'val', '--backbone', 'tiny', '--weights', 'none', '--size', '64', '--max_size', '96',
+            '--batch_size', '2', '--steps', '2', '--eval_every', '0', '--threads', '1', '--out', tmp_path/'run']
+    assert T.main([str(a) for a in argv]) == 0
+    out = capsys.readouterr().out
+    assert 'DW, Tables 4' in out and 'learning rate 0.00125' in out
+    stored = json.loads((tmp_path/'run'/'config.json').read_text())['train']
+    assert stored['method'] == 'dw' and stored['lr'] == .00125 and stored['warmup'] == 1000 and stored['clip'] == 0
+    assert [r['step'] for r in csv.DictReader(open(tmp_path/'run'/'metrics.csv'))] == ['2']
