@@ -31,6 +31,7 @@ def as_image(
     if isinstance(x, (str, os.PathLike)): return read_image(x)
     if isinstance(x, Image.Image):
         exif = x.getexif()
+        if x.mode == 'I;16N': x = Image.fromarray(np.asarray(x))                           # no file has the byte order of the machine
         if x.mode not in ('1','L','LA','P','RGB','RGBA') and x.mode[0] not in 'IF':     # a PNG has no such mode
             try: x = x.convert(dict(PA='RGBA', RGBa='RGBA', La='LA').get(x.mode, 'RGB'))
             except ValueError: raise InputError(f'a PIL image of mode {x.mode}: Pillow cannot make RGB of it; give RGB') from None
@@ -338,7 +339,7 @@ def main(
         told = predict_files(progress=True, **a)
         names = {c['id']:c['name'] for c in told['categories']}; count = Counter(names[x['category_id']] for x in told['annotations'])
         print(f"{len(told['images'])} images, {len(told['annotations'])} boxes with a score from {a['score_threshold']:g}" +
-              (': ' + ', '.join(f'{shown(n)} {k}' for k,n in count.most_common(8)) + (' ...' if len(count)>8 else '') if count else ''))
+              (': ' + ', '.join(f'{n} {shown(k)}' for k,n in count.most_common(8)) + (' ...' if len(count)>8 else '') if count else ''))
         print(f"{a['out']}: {'pictures, ' if a['pictures'] else ''}predictions.json")
     return exit_code(work)
 

@@ -457,3 +457,102 @@ def test_settings_reach_the_real_detector(real_run):
     assert seen[False] > seen[True]                                                              # without NMS more boxes stay
     _, found = E.evaluate_run(real_run, device='cpu', score_threshold=0., max_detections=7)
     assert len(found) == 6*7
+
+# ---- results go back into pycocotools on the user's own file
+
+def own_file(tmp_path, change):
+    "BCCD's test split as somebody's COCO file, changed."
+    import shutil
+    root = tmp_path/'set'; (root/'annotations').mkdir(parents=True); shutil.copytree(ROOT/'tests'/'data'/'bccd'/'JPEGImages', root/'images')
+    d = json.loads((ROOT/'tests'/'data'/'bccd'/'annotations'/'instances_test.json').read_text()); change(d)
+    (root/'annotations'/'instances_test.json').write_text(json.dumps(d)); return root
+
+def twins(d):                                                                     # two categories of one name; the second is used
+    for c in d['categories']: c['id'] += 10
+    for a in d['annotations']: a['category_id'] += 10
+    d['categories'].insert(0, dict(id=0, name=d['categories'][0]['name'])); d['categories'].append(dict(id=99, name=d['categories'][1]['name']))
+def hashed(d):
+    for r in d['images']: r['id'] += 2**60
+    for a in d['annotations']: a['image_id'] += 2**60
+def as_text(d):
+    for a in d['annotations']: a['category_id'] = str(a['category_id']); a['image_id'] = str(a['image_id'])
+def flagged(d):
+    for k,a in enumerate(d['annotations']): a['iscrowd'], a['ignore'] = int(k%7==0), int(k%5==0)
+
+@pytest.mark.parametrize('change', [twins, hashed, as_text, flagged], ids=lambda f: f.__name__)
+def test_results_are_for_the_users_own_file(tmp_path, monkeypatch, change):
+    class Near(Oracle):
+        def forward(self, images):
+            out = super().forward(images)
+            for n,o in enumerate(out): o['boxes'] = o['boxes']+torch.arange(len(o['boxes']))[:,None]%11; o['scores'] = torch.linspace(1, .1, len(o['boxes']))
+            return out
+    root = own_file(tmp_path, change); ds = E.load_dataset(root, 'test'); monkeypatch.setattr(E, 'load_detector', lambda *a: Near(ds))
+    run = fake_run(tmp_path/'run', list(ds.classes)); out, file = tmp_path/'m.json', tmp_path/'r.json'
+    with contextlib.redirect_stdout(io.StringIO()): assert E.main([run, '--data', root, '--split', 'test', '--device', 'cpu', '--out', out, '--results', file])==0
+    truth = json.loads((root/'annotations'/'instances_test.json').read_text())
+    if change is as_text:
+        for a in truth['annotations']: a['category_id'], a['image_id'] = int(a['category_id']), int(a['image_id'])       # pycocotools knows numbers only
+    if change is not hashed: assert by_pycocotools(truth, json.loads(file.read_text()))[0][0]==pytest.approx(json.loads(out.read_text())['coco']['AP'], abs=1e-9)
+    assert {r['image_id'] for r in json.loads(file.read_text())}=={r['id'] for r in truth['images']} and 0<json.loads(out.read_text())['coco']['AP']<1
+    from ala_nb.predict import data_set_ids
+    ids, kinds = data_set_ids(root/'annotations'/'instances_test.json', ds.files, list(ds.classes))                  # predict says the same ids
+    assert ids==[r['id'] for r in truth['images']] and {r['category_id'] for r in json.loads(file.read_text())}<=set(kinds) and len(kinds)==len(ds.classes)
+
+# ---- days that go wrong
+
+def process(code, cwd, **how):
+    return subprocess.run([sys.executable, '-c', code], cwd=cwd, stdin=subprocess.DEVNULL, env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1') | how.pop('env', {}), text=True, timeout=120, **how)
+
+def test_a_terminal_that_cannot_write_a_name(tmp_path):
+    code = "import sys; from ala_nb.files import exit_code, write_json\ndef work(): write_json('a.json', 1); print('血小板 \\u2014')\nsys.exit(exit_code(work))"
+    r = process(code, tmp_path, env=dict(PYTHONIOENCODING='ascii'), capture_output=True); assert (r.returncode, r.stderr)==(0, '') and '\\u8840' in r.stdout
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full here')
+def test_output_that_is_full_or_closed(tmp_path):
+    code = "import sys; from ala_nb.files import exit_code\nsys.exit(exit_code(lambda: print('x'*100000)))"
+    with open('/dev/full', 'w') as full: r = process(code, tmp_path, stdout=full, stderr=subprocess.PIPE)
+    assert r.returncode==1 and r.stderr=='error: No space left on device; make room on the disk\n'
+    r = subprocess.run(['sh', '-c', f'exec {sys.executable} -c "$1" >&-', 'sh', code], cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, text=True, timeout=120)
+    assert r.returncode==0 and r.stderr=='standard output is closed: what would stand there is lost\n'
+
+def test_files_are_written_before_anything_is_printed(bccd, tmp_path, monkeypatch):
+    run = fake_run(tmp_path/'run', list(bccd.classes), data=str(ROOT/'tests'/'data'/'bccd')); monkeypatch.setattr(E, 'load_detector', lambda *a: Oracle(bccd))
+    def broken(found): raise OSError(5, 'the terminal is gone')
+    monkeypatch.setattr(E, 'metrics_text', broken)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): assert E.main([run, '--split', 'test', '--device', 'cpu', '--out', tmp_path/'m.json'])==1
+    assert 'coco' in json.loads((tmp_path/'m.json').read_text())
+
+def test_names_of_classes_are_escaped(bccd, tmp_path, capsys):
+    bad = '\x1b[2Jcat\n'; found = dict(coco=dict(AP=.5, per_class={bad:dict(AP=.5, AP50=.5)}), voc=dict(mAP=.5, per_class={bad:.5}))
+    s = E.metrics_text(found); assert '\x1b' not in s and '\\x1b[2Jcat\\n' in s
+    assert E.main([fake_run(tmp_path/'run', [bad]), '--data', ROOT/'tests'/'data'/'bccd', '--split', 'test'])==2
+    err = capsys.readouterr().err; assert '\x1b' not in err and err.count('\n')==1
+
+def test_outputs_that_are_no_numbers(real_run, tmp_path, capsys):
+    "Finite weights, infinite outputs: said, not an AP of 0."
+    import shutil
+    from ala_nb import predict as P
+    from ala_nb.detector import load_detector, save_weights
+    run, model = tmp_path/'run', load_detector(real_run); shutil.copytree(real_run, run)
+    with torch.no_grad(): model.head.cls.weight.fill_(3e38)
+    save_weights(model, run/'best.safetensors')
+    for main, args in ((E.main, []), (P.main, [ROOT/'tests'/'data'/'bccd'/'JPEGImages', '--out', tmp_path/'out'])):
+        assert main([run, *args, '--device', 'cpu'])==2
+        err = capsys.readouterr().err; assert err.count('\n')==1 and 'NaN or infinite' in err and '--checkpoint' in err, err
+    assert not (tmp_path/'out').exists()
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A real disk of 64 KiB."
+    d = tmp_path/'disk'; d.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'none', d], capture_output=True).returncode: pytest.skip('no file system can be mounted here')
+    yield d
+    subprocess.run(['umount', d])
+
+def test_a_full_disk_names_the_file(small_disk, real_run, tmp_path, capsys):
+    from ala_nb import predict as P
+    (small_disk/'filler').write_bytes(b'x'*60_000)
+    assert E.main([real_run, '--device', 'cpu', '--score_threshold', '0', '--results', small_disk/'r.json'])==1
+    err = capsys.readouterr().err; assert 'r.json: No space left on device; make room' in err and err.count('\n')==1 and os.listdir(small_disk)==['filler']
+    assert P.main([real_run, ROOT/'tests'/'data'/'bccd'/'JPEGImages', '--out', small_disk/'out', '--device', 'cpu'])==1
+    err = capsys.readouterr().err; assert 'BloodImage' in err and 'No space left on device' in err and '.partial' not in err and os.listdir(small_disk)==['filler']

@@ -234,3 +234,58 @@ def test_in_a_process_of_its_own(tmp_path, folder):
     assert r.returncode == 0, r.stderr
     assert files(tmp_path/'out') == ['a.png', 'b.png', 'c.jpg',
         'predictions.json'] and len(json.loads((tmp_path/'out'/'predictions.json').read_text())['annotations']) == 15
+
+# ---- days that go wrong
+
+def test_what_a_killed_run_left_is_removed(model, run, folder, tmp_path):
+    import fcntl, signal, time
+    code = f'''import time, sys
+from ala_nb.predict import staging
+from ala_nb.files import exit_code
+def work():
+    with staging({str(tmp_path/"out")!r}) as s: (s/"half.png").write_text("x"); print(s, flush=True); time.sleep(60)
+sys.exit(exit_code(work))'''
+    def start():
+        p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT))); return p, Path(p.stdout.readline().strip())
+    (killed, old), (alive, mine) = start(), start()
+    killed.kill(); killed.wait(); assert (old/'half.png').exists()
+    P.predict_files(run, [folder], tmp_path/'out')
+    assert not old.exists() and (mine/'half.png').exists() and (tmp_path/'out'/'predictions.json').exists()      # one that is at work is left alone
+    alive.terminate(); assert alive.wait(30)==143 and alive.stderr.read()=='stopped by SIGTERM\n' and not mine.exists()
+
+@pytest.mark.parametrize('suffix', ['jpg','png','tif'])
+def test_one_rule_of_orientation(model, run, tmp_path, suffix):
+    "A JSON whose sizes are those of the stored frame: predictions are in that frame too, inside the picture."
+    d = tmp_path/'pictures'; d.mkdir(); exif = Image.Exif(); exif[0x112] = 6; f = d/f'x.{suffix}'
+    Image.fromarray(np.stack([spot()]*3, -1)).save(f, exif=exif, **(dict(quality=100) if suffix=='jpg' else {}))
+    gt = dict(images=[dict(id=5, file_name=f.name, width=120, height=80)], categories=[dict(id=1, name='all'), dict(id=2, name='spot')], annotations=[])
+    (tmp_path/'gt.json').write_text(json.dumps(gt))
+    told = P.predict_files(run, [d], tmp_path/'a', annotations=tmp_path/'gt.json'); (a,) = told['annotations']
+    assert (told['images'][0]['width'], told['images'][0]['height'])==(120, 80); np.testing.assert_allclose(a['bbox'], [30,20,20,40], atol=1.1)
+    told = P.predict_files(run, [d], tmp_path/'b'); (a,) = told['annotations']                                    # without annotations: as a viewer shows it
+    assert (told['images'][0]['width'], told['images'][0]['height'])==(80, 120); np.testing.assert_allclose(a['bbox'], [20,30,40,20], atol=1.1)
+    gt['images'][0].update(width=50); (tmp_path/'gt.json').write_text(json.dumps(gt))
+    with pytest.raises(InputError, match=f'x.{suffix}: is 80x120 px, its annotation says 50x80'): P.predict_files(run, [d], tmp_path/'c', annotations=tmp_path/'gt.json')
+
+def test_ids_where_names_repeat(tmp_path):
+    gt = dict(images=[dict(id=1, file_name='camA/0.png'), dict(id=2, file_name='camB\\0.png')], categories=[dict(id=0, name='cell'), dict(id=1, name='cell')], annotations=[dict(category_id=1)])
+    (tmp_path/'gt.json').write_text(json.dumps(gt)); look = lambda *f: P.data_set_ids(tmp_path/'gt.json', [tmp_path/x for x in f], ['cell'])
+    assert look('camB/0.png', 'camA/0.png')==([2,1], [1])
+    with pytest.raises(InputError, match='2 images are called 0.png'): look('0.png')
+
+@pytest.mark.parametrize('mode', ['I;16','I;16B','I;16L','I;16N'])
+def test_pil_images_of_sixteen_bits(mode):
+    x = Image.new(mode, (5,4), 65535); assert (P.as_image(x)==255).all() and P.as_image(x).shape==(3,4,5)
+
+def test_names_of_files_and_classes_reach_the_terminal_escaped(model, run, tmp_path, capsys):
+    d = tmp_path/'in'; d.mkdir(); Image.fromarray(spot()).save(d/'a.png'); (d/'b\x1b[2J\n.png').write_bytes(b'no')
+    (run/'config.json').write_text(json.dumps(dict(train=dict(size=0, max_size=0), classes=['all', '\x1b[31mspot\n'], detector={})))
+    assert P.main([run, d, '--out', tmp_path/'o'])==2; err = capsys.readouterr().err; assert '\x1b' not in err and err.count('\n')==1
+    assert P.main([run, d, '--out', tmp_path/'o', '--skip_unreadable'])==0
+    out = capsys.readouterr(); assert '\x1b' not in out.out+out.err and '1 \\x1b[31mspot\\n' in out.out and out.err.count('\n')==1
+
+@pytest.mark.filterwarnings('error')
+def test_class_names_that_few_fonts_have():
+    found = dict(boxes=torch.tensor([[2.,2,90,60]]), labels=torch.tensor([0]), scores=torch.tensor([.5]))
+    for name in ('血小板', '\U00017000', '\x1b[2J'):
+        im = np.asarray(P.draw_detections(torch.zeros(3,80,120, dtype=torch.uint8), found, [name])); assert (im.reshape(-1,3).max(0)>0).any()
