@@ -335,7 +335,8 @@ def finite_outputs(model):
     try: yield
     finally: hook and hook.remove()
     if bad and (n := int(torch.stack(bad).sum())):
-        raise InputError(f"the network's outputs are NaN or infinite in {n} of {len(bad)} batches, so objects were missed; take another --checkpoint, or --device cpu "
+        raise InputError(f"the network's outputs are NaN or infinite in {n} of {len(bad)} batches, so objects were "
+            "missed; take another --checkpoint, or --device cpu "
                          "if that helps, and train again if both fail")
 
 def source_results(
@@ -344,8 +345,10 @@ def source_results(
 )->list: # the same with the ids of the user's file
     "COCO results for the file that a data set was read from."
     if ds.source_ids is None and ds.source_categories is None: return results
-    image = dict(zip(ds.ids, ds.source_ids or ds.ids)); kind = dict(zip(ds.category_ids, ds.source_categories or ds.category_ids))
-    return [dict(r, image_id=image[r['image_id']], category_id=kind.get(r['category_id'], r['category_id'])) for r in results]
+    image = dict(zip(ds.ids, ds.source_ids or ds.ids))
+    kind = dict(zip(ds.category_ids, ds.source_categories or ds.category_ids))
+    return [dict(r, image_id=image[r['image_id']], category_id=kind.get(r['category_id'], r['category_id']))
+        for r in results]
 
 # %% ../nbs/15_evaluate.ipynb #c062
 def run_config(

@@ -31,7 +31,8 @@ def shown(text, limit:int=300)->str:
 def said(v, limit:int=60)->str:
     "A value from a JSON file in words: text in quotes, a list by its entries, an object by its kind."
     if isinstance(v, dict): return 'a JSON object'
-    if isinstance(v, (list,tuple)): return shown(f'[{", ".join(said(x, 20) for x in v[:9])}{", ..." if len(v)>9 else ""}]', limit)
+    if isinstance(v, (list,tuple)):
+        return shown(f'[{", ".join(said(x, 20) for x in v[:9])}{", ..." if len(v)>9 else ""}]', limit)
     if v is None or isinstance(v, bool): return json.dumps(v)
     return shown(repr(v), limit)
 
@@ -55,7 +56,8 @@ def check_faults(where, faults:list):
 
 def error_text(e:Exception)->str:
     "An error for the terminal: a printable line, or a line for each fault."
-    return '\n  '.join(e.lines if isinstance(e, Faults) else [shown(' '.join(str(e).split()) or type(e).__name__, 600)])
+    return '\n  '.join(e.lines if isinstance(e, Faults) else [shown(' '.join(str(e).split()) or type(e).__name__,
+        600)])
 
 # %% ../nbs/03c_files.ipynb #f011
 def _line(e): return ' '.join(str(e).split())[:200] or type(e).__name__
@@ -64,19 +66,22 @@ def read_bytes(file)->bytes:
     "A file's bytes, or an InputError."
     try: return Path(file).read_bytes()
     except (OSError, ValueError) as e:
-        raise InputError(f'{shown(file)}: cannot be read ({shown(getattr(e, "strerror", None) or e)}); check that it is a file that you may read') from None
+        raise InputError(f'{shown(file)}: cannot be read ({shown(getattr(e, "strerror", None) or e)}); check that it '
+            'is a file that you may read') from None
 
 def read_text(file)->str:
     "A text file in UTF-8, or in UTF-16 with a byte-order mark; else an InputError."
     b = read_bytes(file)
     try: return b.decode('utf-16' if b[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else 'utf-8-sig')
     except UnicodeDecodeError as e:
-        raise InputError(f'{shown(file)}: cannot be read as text in UTF-8 (byte {e.start} is no part of it); save it as UTF-8') from None
+        raise InputError(f'{shown(file)}: cannot be read as text in UTF-8 (byte {e.start} is no part of it); save it '
+            'as UTF-8') from None
 
 def read_json(text:str, where)->object:
     "Parsed JSON, or an InputError that says `where` and at which line."
     try: return json.loads(text)
-    except (ValueError, RecursionError) as e: raise InputError(f'{shown(where)}: broken JSON ({_line(e)}); export or download it again') from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f'{shown(where)}: broken JSON ({_line(e)}); export or download it again') from None
 
 _declared = re.compile(rb'\s*(?:\xef\xbb\xbf)?\s*<\?xml[^>]{0,80}?encoding\s*=\s*["\']([^"\']{1,40})["\']')
 
@@ -87,23 +92,33 @@ def _decoded_xml(b:bytes, file)->bytes:
     for codec in (dict(gb2312='gb18030', gbk='gb18030').get(name, name), 'utf-8-sig'):
         with contextlib.suppress(LookupError, ValueError):                    # no such codec; it does not fit
             return re.sub(r'^\s*\ufeff?\s*<\?xml.*?\?>', '', b.decode(codec), count=1, flags=re.S).encode()
-    raise InputError(f'{shown(file)}: is neither in the encoding it declares ({shown(name)}) nor in UTF-8; save it as UTF-8')
+    raise InputError(f'{shown(file)}: is neither in the encoding it declares ({shown(name)}) nor in UTF-8; save it '
+        'as UTF-8')
 
+# %% ../nbs/03c_files.ipynb #f011a
 def read_xml(file)->ET.Element:
     "The root of an XML file, in whatever encoding it declares; or an InputError."
     b = read_bytes(file)
     plain = (m := _declared.match(b[:200])) is None or m[1].lower() in (b'utf-8', b'utf8', b'us-ascii')
-    try: return ET.fromstring(b.lstrip() if plain and b[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else _decoded_xml(b, file))
+    try:
+        return ET.fromstring(b.lstrip() if plain and b[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            else _decoded_xml(b, file))
     except (ET.ParseError, ValueError, LookupError) as e:
         if isinstance(e, InputError): raise
         raise InputError(f'{shown(file)}: broken XML ({_line(e)}); export it again') from None
 
 # %% ../nbs/03c_files.ipynb #f014
-FORMATS = ('JPEG','PNG','BMP','WEBP','TIFF','GIF','PPM','JPEG2000','AVIF')     # JPEG has MPO, the format of some cameras
-SUFFIXES = ('.jpg','.jpeg','.jpe','.jfif','.png','.bmp','.webp','.tif','.tiff','.gif','.ppm','.pgm','.pbm','.pnm','.jp2','.avif')
-_others = [(0,b'%!PS','PostScript'), (0,b'\xc5\xd0\xd3\xc6','PostScript'), (0,b'%PDF','PDF'), (0,b'<svg','SVG'), (0,b'<?xml','XML or SVG'), (0,b'<!DOCTYPE','a web page'),
-    (0,b'<html','a web page'), (0,b'version https://git-lfs','a pointer of Git LFS (git lfs pull brings the picture)'), (0,b'PK\x03\x04','a zip archive'), (0,b'\x1f\x8b','a gzip archive'),
-    (4,b'ftyphei','HEIC'), (4,b'ftypmif1','HEIC'), (0,b'#?RADIANCE','Radiance HDR'), (0,b'\x76\x2f\x31\x01','OpenEXR'), (128,b'DICM','DICOM'), (4,b'ftyp','a film'), (0,b'\x93NUMPY','a NumPy array')]
+# JPEG has MPO, the format of some cameras
+FORMATS = ('JPEG','PNG','BMP','WEBP','TIFF','GIF','PPM','JPEG2000','AVIF')
+SUFFIXES = ('.jpg','.jpeg','.jpe','.jfif','.png','.bmp','.webp','.tif','.tiff','.gif','.ppm','.pgm','.pbm','.pnm',
+    '.jp2','.avif')
+_others = [(0,b'%!PS','PostScript'), (0,b'\xc5\xd0\xd3\xc6','PostScript'), (0,b'%PDF','PDF'), (0,b'<svg','SVG'),
+    (0,b'<?xml','XML or SVG'), (0,b'<!DOCTYPE','a web page'),
+    (0,b'<html','a web page'), (0,b'version https://git-lfs',
+    'a pointer of Git LFS (git lfs pull brings the picture)'), (0,b'PK\x03\x04','a zip archive'),
+    (0,b'\x1f\x8b','a gzip archive'),
+    (4,b'ftyphei','HEIC'), (4,b'ftypmif1','HEIC'), (0,b'#?RADIANCE','Radiance HDR'),
+    (0,b'\x76\x2f\x31\x01','OpenEXR'), (128,b'DICM','DICOM'), (4,b'ftyp','a film'), (0,b'\x93NUMPY','a NumPy array')]
 
 @functools.cache
 def _formats(): Image.init(); return tuple(f for f in FORMATS if f in Image.OPEN)
@@ -112,31 +127,41 @@ def open_image(file):
     "Pillow's image of a file, if it is of one of `FORMATS`."
     return Image.open(file, formats=_formats())
 
+# %% ../nbs/03c_files.ipynb #f014a
 def _no_image(file, e)->InputError:
     "What to say of a file that is no picture, and what helps."
     file = shown(file)
-    if isinstance(e, FileNotFoundError): return InputError(f'{file}: no such image; correct the annotation or bring the file back')
+    if isinstance(e, FileNotFoundError):
+        return InputError(f'{file}: no such image; correct the annotation or bring the file back')
     if isinstance(e, Image.DecompressionBombError):
-        return InputError(f'{file}: cannot be read as an image: it has more than {2*Image.MAX_IMAGE_PIXELS//10**6} million pixels; cut it into tiles, or shrink it, together with its boxes')
-    if isinstance(e, PermissionError): return InputError(f'{file}: cannot be read as an image: permission denied; give yourself the right to read it')
+        return InputError(f'{file}: cannot be read as an image: it has more than {2*Image.MAX_IMAGE_PIXELS//10**6} '
+            'million pixels; cut it into tiles, or shrink it, together with its boxes')
+    if isinstance(e, PermissionError):
+        return InputError(f'{file}: cannot be read as an image: permission denied; give yourself the right to read '
+            'it')
     with contextlib.suppress(OSError, TypeError):
         with open(file, 'rb') as f: head = f.read(160)
         for at,magic,name in _others:
             if head[at:at+len(magic)].lower()==magic.lower():
-                return InputError(f'{file}: cannot be read as an image: it is {name}; convert it to JPEG or PNG, or take it out of the annotations')
-    why = 'of no format that is read: ' + ', '.join(FORMATS) if isinstance(e, Image.UnidentifiedImageError) else _line(e)
-    return InputError(f'{file}: cannot be read as an image ({shown(why)}); replace the file or take it out of the annotations')
+                return InputError(f'{file}: cannot be read as an image: it is {name}; convert it to JPEG or PNG, or '
+                    'take it out of the annotations')
+    why = 'of no format that is read: ' + ', '.join(FORMATS) if isinstance(e,
+        Image.UnidentifiedImageError) else _line(e)
+    return InputError(f'{file}: cannot be read as an image ({shown(why)}); replace the file or take it out of the '
+        'annotations')
 
 # %% ../nbs/03c_files.ipynb #f015
 def _eight_bits(im):
     "A grey image of more than 8 bits, scaled to 8."
     a = np.asarray(im).astype(np.float64)
-    ranges = dict(F=(1.,255.,65535.), I=(65535.,)).get(im.mode, ())           # I;16 is 16 bits; for F and I the smallest range that holds them
+    # I;16 is 16 bits; for F and I the smallest range that holds them
+    ranges = dict(F=(1.,255.,65535.), I=(65535.,)).get(im.mode, ())
     top = next((t for t in ranges if a.max(initial=0)<=t), 2.**32-1) if ranges else 65535.
     if im.mode[:4]=='I;16' and getattr(im, 'tag_v2', {}).get(258)==(12,): top = 4095.
     return Image.fromarray((np.nan_to_num(a).clip(0,top)*(255/top)+.5).astype(np.uint8))
 
-_undo = {2:Image.Transpose.FLIP_LEFT_RIGHT, 3:Image.Transpose.ROTATE_180, 4:Image.Transpose.FLIP_TOP_BOTTOM, 5:Image.Transpose.TRANSPOSE,
+_undo = {2:Image.Transpose.FLIP_LEFT_RIGHT, 3:Image.Transpose.ROTATE_180, 4:Image.Transpose.FLIP_TOP_BOTTOM,
+    5:Image.Transpose.TRANSPOSE,
          6:Image.Transpose.ROTATE_90, 7:Image.Transpose.TRANSVERSE, 8:Image.Transpose.ROTATE_270}
 
 def _frames(im):
@@ -152,8 +177,10 @@ def _frames(im):
     return o, stored[::-1] if o>=5 else stored, stored
 
 def _mismatch(file, hw, size):
-    return InputError(f'{shown(file)}: is {hw[1]}x{hw[0]} px, its annotation says {size[1]}x{size[0]}; correct width and height, and see whether the boxes fit')
+    return InputError(f'{shown(file)}: is {hw[1]}x{hw[0]} px, its annotation says {size[1]}x{size[0]}; correct width '
+        'and height, and see whether the boxes fit')
 
+# %% ../nbs/03c_files.ipynb #f015a
 def read_image(
     file, # path
     size=None, # (H, W) that annotations claim
@@ -166,14 +193,16 @@ def read_image(
             if im.format=='PNG': im.load()
             info = im.info; o, upright, stored = _frames(im)
             if turn is None: turn = not size or tuple(size)!=stored or upright==stored
-            if im.format=='TIFF': im.load(); im = im if turn or o==1 else im.transpose(_undo[o])   # Pillow turns it as it is loaded
+            # Pillow turns it as it is loaded
+            if im.format=='TIFF': im.load(); im = im if turn or o==1 else im.transpose(_undo[o])
             elif o!=1 and turn: im = ImageOps.exif_transpose(im)
             if im.mode[0] in 'IF': im = _eight_bits(im)
             if im.mode=='P' and 'transparency' in info: im = im.convert('RGBA')
             a = np.array(im if im.mode=='RGB' else im.convert('RGB'))
     except Exception as e: raise _no_image(file, e) from None
     if size and tuple(size)!=a.shape[:2]: raise _mismatch(file, a.shape[:2], size)
-    return torch.from_numpy(a).permute(2,0,1)                                 # stored channels last, which torch resizes fastest
+    # stored channels last, which torch resizes fastest
+    return torch.from_numpy(a).permute(2,0,1)
 
 # %% ../nbs/03c_files.ipynb #f020
 class ImageInfo(NamedTuple):
@@ -194,7 +223,8 @@ def image_info(file)->ImageInfo:
         with open(file,'rb') as f:
             n = f.seek(0,2); f.seek(max(0,n-16)); tail = f.read()
             f.seek(4); riff = int.from_bytes(f.read(4),'little')+8
-        whole = {'JPEG':tail.rstrip(b'\0').endswith(b'\xff\xd9'), 'PNG':b'IEND' in tail, 'WEBP':riff<=n}.get(fmt, False)
+        whole = {'JPEG':tail.rstrip(b'\0').endswith(b'\xff\xd9'), 'PNG':b'IEND' in tail, 'WEBP':riff<=n}.get(fmt,
+            False)
     except Exception as e: raise _no_image(file, e) from None
     if not whole: read_image(file)
     return ImageInfo(upright, stored, o, several, deep)
@@ -209,12 +239,14 @@ def turns(
     sizes, # (H, W) that the annotations claim for each, or None
 ): # for each image whether its EXIF rotation is carried out; Counter of what is to be said
     "One rule of orientation for a data set: by size where sizes differ, by the other images where they do not."
-    fits = lambda i,s: s==i.stored if i.upright!=i.stored and s else None      # True: the stored frame; False: upright; None: both fit
+    # True: the stored frame; False: upright; None: both fit
+    fits = lambda i,s: s==i.stored if i.upright!=i.stored and s else None
     vote = [fits(i,s) if i and i.orientation!=1 else None for i,s in zip(infos, sizes)]
     keep, notes = vote.count(True)>0 and vote.count(False)==0, Counter()
     out = [not (keep if v is None else v) for v in vote]
     for i,v,t in zip(infos, vote, out):
-        if i and i.orientation!=1: notes['turned' if t else 'as stored'] += 1; notes['mixed'] += v is None and True in vote and False in vote
+        if i and i.orientation!=1:
+            notes['turned' if t else 'as stored'] += 1; notes['mixed'] += v is None and True in vote and False in vote
     return out, notes
 
 # %% ../nbs/03c_files.ipynb #f026
@@ -232,11 +264,14 @@ def translated(name:str)->str:
 
 _upload = re.compile(r'[0-9a-f]{8}[-_](?=.)')
 
-class Pictures:
-    "Finds pictures in `folders`, and, by base name, anywhere under `root`."
-    def __init__(self, root, folders):
+# %% ../nbs/03c_files.ipynb #f026a
+class _ByName:
+    "Pictures anywhere under `root`, by base name; `allowed` says of a path whether it may be the one."
+    def __init__(self, root, folders, allowed=None):
         self.root, self.folders = Path(root), [d for d in dict.fromkeys(map(Path, folders)) if d.is_dir()]
-        self.guesses = []                                                      # (name, path) of those found by base name
+        self.allowed = allowed or (lambda path: True)
+        # (name, path) of those found by base name
+        self.guesses = []
     @functools.cached_property
     def by_name(self)->dict:
         "Base name without capitals, with and without suffix or upload prefix -> pictures of that name."
@@ -249,8 +284,36 @@ class Pictures:
             for f in sorted(files):
                 low = f.lower(); stem, suffix = os.path.splitext(low)
                 if suffix not in SUFFIXES or f[0]=='.': continue
-                for k in {low, stem, _upload.sub('', low, count=1) if _upload.match(low) else low}: out.setdefault(k, []).append(Path(d)/f)
+                for k in {low, stem, _upload.sub('', low, count=1) if _upload.match(low) else low}:
+                    out.setdefault(k, []).append(Path(d)/f)
         return out
+    def guess(self, plain, name, where):
+        "The one picture of that base name, or an InputError."
+        *folders, base = plain.lower().split('/')
+        found = self.by_name.get(base) or (self.by_name.get(_upload.sub('', base, count=1)) if _upload.match(base)
+            else None) or []
+        others = [p for p in found if not self.allowed(p)]
+        found = [p for p in found if self.allowed(p)]
+        def shared(p):                                                         # folders in common, from the end
+            mine = [x.lower() for x in p.relative_to(self.root).parts[:-1]]
+            return next((k for k,(a,b) in enumerate(zip(reversed(mine), reversed(folders))) if a!=b),
+                min(len(mine), len(folders)))
+        most = max(map(shared, found), default=0); best = [p for p in found if shared(p)==most]
+        if len(best)==1: return best[0]
+        if best:
+            both = ', '.join(shown(p.relative_to(self.root), 80) for p in best[:3])
+            raise InputError(f'{where}: image {shown(name, 100)} may be any of '
+                f'{both}{", ..." if len(best)>3 else ""}; write its folder into the name')
+        tried = ', '.join(shown(d) for d in self.folders) or shown(self.root)
+        hint = 'bring the image or remove its entry' if not others else (
+            f'{shown(others[0].relative_to(self.root))} is in the folder of another split: write the folder into the '
+            'name if it is meant')
+        raise InputError(f'{where}: image {shown(name, 100)}{"" if base.endswith(SUFFIXES) else ".jpg"} is not in '
+            f'{tried}; {hint}')
+
+# %% ../nbs/03c_files.ipynb #f026z
+class Pictures(_ByName):
+    "Finds pictures in `folders`, and, by base name, anywhere under `root`."
     def find(self, name:str, where:str)->Path:
         "The picture that an annotation calls `name`; `where` says who asked."
         plain = translated(name)
@@ -258,24 +321,10 @@ class Pictures:
         for n in dict.fromkeys((name, plain)):
             for d in self.folders if n else ():
                 for f in (d/n, *(d/f'{n}{s}' for s in SUFFIXES if bare)):
-                    if _is_file(f): return f                                   # an absolute name is its own path in any folder
+                    if _is_file(f): return f                                   # an absolute name is its own path
         path = self.guess(plain, name, where)
         self.guesses.append((name, path))
         return path
-    def guess(self, plain, name, where):
-        "The one picture of that base name, or an InputError."
-        *folders, base = plain.lower().split('/')
-        found = self.by_name.get(base) or (self.by_name.get(_upload.sub('', base, count=1)) if _upload.match(base) else None) or []
-        def shared(p):                                                         # folders in common, from the end
-            mine = [x.lower() for x in p.relative_to(self.root).parts[:-1]]
-            return next((k for k,(a,b) in enumerate(zip(reversed(mine), reversed(folders))) if a!=b), min(len(mine), len(folders)))
-        most = max(map(shared, found), default=0); best = [p for p in found if shared(p)==most]
-        if len(best)==1: return best[0]
-        if best:
-            both = ', '.join(shown(p.relative_to(self.root), 80) for p in best[:3])
-            raise InputError(f'{where}: image {shown(name, 100)} may be any of {both}{", ..." if len(best)>3 else ""}; write its folder into the name')
-        tried = ', '.join(shown(d) for d in self.folders) or shown(self.root)
-        raise InputError(f'{where}: image {shown(name, 100)}{"" if base.endswith(SUFFIXES) else ".jpg"} is not in {tried}; bring the image or remove its entry')
 
 # %% ../nbs/03c_files.ipynb #f029
 def write_json(
@@ -303,8 +352,12 @@ def naming(path):
         if isinstance(e, BrokenPipeError) or e.errno is None: raise
         raise OSError(e.errno, e.strerror, str(path)) from None
 
-_remedies = dict(ENOSPC='make room on the disk', EDQUOT='make room within your quota', EROFS='it is on a read-only disk; name another place', EACCES='give yourself the right to it, or name another place',
-    EPERM='give yourself the right to it, or name another place', ENOENT='it, or its folder, is not there (any more)', EMFILE='allow more open files (ulimit -n), or take fewer --workers', ENAMETOOLONG='take a shorter name')
+_remedies = dict(ENOSPC='make room on the disk', EDQUOT='make room within your quota',
+    EROFS='it is on a read-only disk; name another place',
+    EACCES='give yourself the right to it, or name another place',
+    EPERM='give yourself the right to it, or name another place',
+    ENOENT='it, or its folder, is not there (any more)',
+    EMFILE='allow more open files (ulimit -n), or take fewer --workers', ENAMETOOLONG='take a shorter name')
 
 def os_error_text(e:OSError)->str:
     "What the machine refused, of which file, and what helps."
@@ -332,24 +385,29 @@ def _streams_and_signals():
     elif hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
     old = {}
     for s in (getattr(signal, n, None) for n in ('SIGTERM','SIGHUP')):
-        with contextlib.suppress(ValueError, TypeError):                       # not the main thread; no such signal here
+        # not the main thread; no such signal here
+        with contextlib.suppress(ValueError, TypeError):
             if signal.getsignal(s)==signal.SIG_DFL: old[s] = signal.signal(s, _stop)
     try: yield
     finally:
         for s,h in old.items(): signal.signal(s, h)
 
+# %% ../nbs/03c_files.ipynb #f031a
 def exit_code(
     work, # what the command does
-)->int: # 0, or 2 after bad input, 1 when the machine failed, 130 after Ctrl-C, 128 + n after signal n, 141 when nobody reads the output
+# 0, or 2 after bad input, 1 when the machine failed, 130 after Ctrl-C, 128 + n after signal n, 141 when nobody reads the output
+)->int:
     "Run a command; errors that its reader can mend are one line on stderr (one a fault, if there are several)."
     with _streams_and_signals():
         try: work(); sys.stdout.flush(); return 0
         except InputError as e: code, text = 2, f'error: {error_text(e)}'
-        except torch.OutOfMemoryError as e: code, text = 1, f'error: {shown(_line(e), 150)}; take a smaller --batch_size'
+        except torch.OutOfMemoryError as e:
+            code, text = 1, f'error: {shown(_line(e), 150)}; take a smaller --batch_size'
         except BrokenPipeError: return nobody_reads()
         except OSError as e:
             code, text = 1, f'error: {os_error_text(e)}'
-            try: sys.stdout.flush()                                            # what could not be printed is not tried again at the end
+            # what could not be printed is not tried again at the end
+            try: sys.stdout.flush()
             except (OSError, ValueError): nobody_reads()
         except Stopped as e: code, text = 128+int(e.args[0]), f'stopped by {signal.Signals(e.args[0]).name}'
         except KeyboardInterrupt: code, text = 130, 'stopped'
@@ -361,7 +419,8 @@ def underscored(argv):
     "Arguments with hyphens in option names turned to underscores, but for that of `--no-`."
     argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
     name = lambda o: (start := '--no-' if o.startswith('--no-') else '--') + o[len(start):].replace('-','_')
-    return [name(a.partition('=')[0]) + a[len(a.partition('=')[0]):] if a.startswith('--') and len(a)>2 else a for a in argv]
+    return [name(a.partition('=')[0]) + a[len(a.partition('=')[0]):] if a.startswith('--') and len(a)>2 else a
+        for a in argv]
 
 class Parser(argparse.ArgumentParser):
     "Errors of the command line are bad input too: one line."

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BOXES', 'ALIASES', 'FORMS', 'OPTIONS', 'Annotations', 'as_number', 'as_whole', 'check_box', 'check_flag', 'as_id',
-           'plain_ids', 'as_xywh', 'words', 'is_split', 'pick_split', 'map_classes', 'coco_splits', 'coco_folders',
-           'polygon_box', 'read_coco', 'voc_splits', 'voc_root', 'voc_object', 'read_voc_xml', 'voc_class_list',
-           'voc_classes', 'voc_entries', 'voc_folders', 'read_voc', 'crowdhuman_splits', 'crowdhuman_object',
-           'read_crowdhuman', 'read_yaml', 'YoloSplit', 'yolo_splits', 'yolo_pictures', 'label_file', 'yolo_object',
-           'read_yolo', 'foreign', 'recognise', 'check_images', 'take_share']
+           'plain_ids', 'as_xywh', 'words', 'is_split', 'pick_split', 'of_split', 'map_classes', 'coco_splits',
+           'coco_folders', 'polygon_box', 'read_coco', 'voc_splits', 'voc_root', 'voc_object', 'read_voc_xml',
+           'voc_class_list', 'voc_classes', 'voc_entries', 'voc_folders', 'read_voc', 'crowdhuman_splits',
+           'crowdhuman_object', 'read_crowdhuman', 'read_yaml', 'YoloSplit', 'yolo_splits', 'yolo_pictures',
+           'label_file', 'yolo_object', 'read_yolo', 'foreign', 'recognise', 'check_images', 'take_share']
 
 # %% ../nbs/03d_formats.ipynb #g002
 import csv, difflib, itertools, math, os, re
@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 from .geometry import InputError
-from .files import (SUFFIXES, Pictures, _is_file, _mismatch, check_faults, count_of, image_info, read_image, read_json, read_text, read_xml,
+from .files import (SUFFIXES, Pictures, _is_file, _mismatch, check_faults, count_of, image_info, read_image,
+    read_json, read_text, read_xml,
                           said, shown, translated, turns)
 
 # %% ../nbs/03d_formats.ipynb #g005
@@ -25,13 +26,17 @@ from .files import (SUFFIXES, Pictures, _is_file, _mismatch, check_faults, count
 class Annotations:
     "What a reader found: an entry an image (files, ids, sizes (H, W) or None), an entry an object (image index, label, bbox, ...)."
     form:str; classes:list; category_ids:list
-    files:list=field(default_factory=list); ids:list=field(default_factory=list); sizes:list=field(default_factory=list)
-    image:list=field(default_factory=list); label:list=field(default_factory=list); bbox:list=field(default_factory=list)
+    files:list=field(default_factory=list); ids:list=field(default_factory=list)
+    sizes:list=field(default_factory=list)
+    image:list=field(default_factory=list); label:list=field(default_factory=list)
+    bbox:list=field(default_factory=list)
     crowd:list=field(default_factory=list); area:list=field(default_factory=list) # area: px², NaN: that of the box
     rule:list=field(default_factory=list)       # of each object: the flag that made it `crowd`, or ''
     box:str='xywh'                              # how `bbox` is to be read, see `as_xywh`
-    source_ids:list=None; source_categories:list=None # ids of images and classes as the file has them, if they are others
-    turn:list=None                              # of each image: is its EXIF rotation carried out? None: as its size says
+    # ids of images and classes as the file has them, if they are others
+    source_ids:list=None; source_categories:list=None
+    # of each image: is its EXIF rotation carried out? None: as its size says
+    turn:list=None
     notes:Counter=field(default_factory=Counter) # what else is to be said, by kind
     def add(self, label, bbox, rule='', area=None):
         "One object of the image that was added last."
@@ -58,15 +63,18 @@ def check_box(b, where:str)->list:
     "Four finite numbers, or an InputError that says `where`."
     v = list(map(as_number, b)) if isinstance(b,(list,tuple)) and len(b)==4 else [None]
     if None in v: raise InputError(f'{where} must be four numbers, not {said(b)}; correct or remove it')
-    if not all(abs(x)<1e9 for x in v): raise InputError(f'{where} is {said(b)}: NaN, infinite or absurd; correct or remove it')
+    if not all(abs(x)<1e9 for x in v):
+        raise InputError(f'{where} is {said(b)}: NaN, infinite or absurd; correct or remove it')
     return [float(x) for x in v]
 
-_words = {**dict.fromkeys(('','0','0.0','false','no','unspecified','none','null'), False), **dict.fromkeys(('1','1.0','true','yes'), True)}
+_words = {**dict.fromkeys(('','0','0.0','false','no','unspecified','none','null'), False),
+    **dict.fromkeys(('1','1.0','true','yes'), True)}
 
 def check_flag(v, where:str)->bool:
     "0 or 1 in the ways that files write them, or an InputError that says `where`; null and nothing are 0."
     if v is None or isinstance(v, (bool,int,float)) and v in (0,1): return bool(v)
-    if isinstance(v, str) and v.strip().lower() in _words: return _words[v.strip().lower()]       # bool('0') would be True
+    # bool('0') would be True
+    if isinstance(v, str) and v.strip().lower() in _words: return _words[v.strip().lower()]
     raise InputError(f'{where} is {said(v)}; write 0 or 1')
 
 def as_id(v, where:str):
@@ -76,6 +84,7 @@ def as_id(v, where:str):
     if isinstance(v, str) and v: return int(v) if re.fullmatch(r'-?[0-9]{1,30}', v) else v
     raise InputError(f'{where} is {said(v)}, but an id is a whole number or text; export the file again')
 
+# %% ../nbs/03d_formats.ipynb #g007a
 def plain_ids(ids:list): # ids that every tool can hold, and those of the source, or None where they are the same
     "Whole numbers below 2⁵³: the source's own, or else 1, 2, 3 ..."
     ok = all(type(i) is int and abs(i)<2**53 for i in ids)
@@ -114,9 +123,20 @@ def pick_split(
     near = dated or [k for k in there if set(names)&set(words(k))]
     if len(near)==1: return near[0]
     option = next((f'--{k}_split' for k in ('train','val') if k in names), '--split')
-    raise InputError(f'{shown(root)}: {"several splits are called" if near else "no split"} {said(split)}; take one of '
+    raise InputError(f'{shown(root)}: {"several splits are called" if near else "no split"} {said(split)}; take one '
+        'of '
                      f'{shown(", ".join(near or sorted(there)))}, with {option} NAME' + (
-                     '; or data option val_share=0.2, which keeps a fifth of the images for val' if set(there)<={'all','default','train'} else ''))
+                     '; or data option val_share=0.2, which keeps a fifth of the images for val'
+                     if set(there)<={'all','default','train'} else ''))
+
+# %% ../nbs/03d_formats.ipynb #g013a
+def of_split(root, split:str):
+    "A function of a path: may a picture there belong to this split? Not if one of its folders has another's name."
+    own = {n for g in ALIASES for n in g if set(g)&{split, *words(split)}}
+    def allowed(path):
+        named = [set(words(d))&set(_split_names) for d in path.relative_to(root).parts[:-1]]
+        return all(not n or n&own for n in named)
+    return allowed if own else None
 
 def map_classes(
     names:dict,   # the source's category id -> name
@@ -132,7 +152,8 @@ def map_classes(
         l = label[i]
         if l is not None and (l not in best or used.get(i,0)>used.get(best[l],0)): best[l] = i
     top = max([i for i in order if type(i) is int], default=0)
-    spare = itertools.count(top+1)                                             # ids for classes that this source does not have
+    # ids for classes that this source does not have
+    spare = itertools.count(top+1)
     return classes, [best[l] if l in best else next(spare) for l in range(len(classes))], label
 
 # %% ../nbs/03d_formats.ipynb #g016
@@ -150,10 +171,13 @@ def coco_splits(root:Path)->dict:
         if (f.parent/'data').is_dir(): out.setdefault(f.parent.name, f)
     if out: return out
     names = '|'.join(_split_names)
-    out = {f.stem:f for f in sorted([*root.glob('annotations/*.json'), *root.glob('*.json')]) if re.fullmatch(rf'({names})\d*', f.stem)}
+    out = {f.stem:f for f in sorted([*root.glob('annotations/*.json'), *root.glob('*.json')])
+        if re.fullmatch(rf'({names})\d*', f.stem)}
     if out: return out
-    folders = {d:sorted(d.glob('*.json')) for d in (root, *sorted(p for p in root.iterdir() if p.is_dir() and p.name[0]!='.'))}
-    found = [f for fs in folders.values() if len(fs)<=12 for f in fs if _is_coco(f)]             # a file an image is another format
+    folders = {d:sorted(d.glob('*.json')) for d in (root, *sorted(p for p in root.iterdir() if p.is_dir()
+        and p.name[0]!='.'))}
+    # a file an image is another format
+    found = [f for fs in folders.values() if len(fs)<=12 for f in fs if _is_coco(f)]
     if len(found)==1 and not is_split(found[0].stem) and not is_split(found[0].parent.name): return dict(all=found[0])
     name = lambda f: f.parent.name if f.parent!=root and is_split(f.parent.name) and not is_split(f.stem) else f.stem
     for f in found: out.setdefault(name(f), f)
@@ -163,15 +187,17 @@ def coco_folders(root, file, split)->list:
     "Where the pictures of a COCO file may lie, the likeliest first."
     key = file.stem[10:] if file.stem.startswith('instances_') else file.stem if file.parent.name=='annotations' or file.parent==root else file.parent.name
     names = [key, split, *next((g for g in ALIASES if split in g), ())]
-    own = [file.parent, file.parent/'data', file.parent/'images'] if file.parent!=root and file.parent.name!='annotations' else []
+    own = [file.parent, file.parent/'data',
+        file.parent/'images'] if file.parent!=root and file.parent.name!='annotations' else []
     return [*own, *(root/x for n in names for x in (n, f'images/{n}', f'data/{n}')), *(root/x for x in
             ('images', 'JPEGImages', 'Images', 'data')), root, file.parent]
 
 # %% ../nbs/03d_formats.ipynb #g017
-class _Coco:
-    "A COCO file on its way into `Annotations`."
-    def __init__(self, d, file, folders, root, classes, use_ignored):
-        self.d, self.file, self.pictures, self.use_ignored, self.faults = d, shown(file), Pictures(root, folders), use_ignored, []
+class _CocoImages:
+    "Categories and images of a COCO file on their way into `Annotations`."
+    def __init__(self, d, file, folders, root, classes, use_ignored, allowed):
+        self.d, self.file, self.pictures, self.use_ignored, self.faults = d, shown(file), Pictures(root,
+            folders, allowed), use_ignored, []
         self.names, self.used, self.index = {}, Counter(), {}
         for n,c in enumerate(d['categories']): self.tried(f'categories[{n}]', self.category, c)
         check_faults(self.file, self.faults)
@@ -182,40 +208,57 @@ class _Coco:
         try: f(*args)
         except InputError as e: self.faults.append(f'{self.file}: {where}{e}')
     def category(self, c):
-        if not isinstance(c, dict) or not isinstance(c.get('name'), (str,int,float)) or 'id' not in c: raise InputError(' needs an id and a name')
+        if not isinstance(c, dict) or not isinstance(c.get('name'), (str,int,float)) or 'id' not in c:
+            raise InputError(' needs an id and a name')
         i = as_id(c['id'], '.id')
-        if i in self.names: raise InputError(f': id {said(c["id"])} is also that of {said(self.names[i])}: two categories share an id; make ids unique')
+        if i in self.names:
+            raise InputError(f': id {said(c["id"])} is also that of {said(self.names[i])}: two categories share an '
+                'id; make ids unique')
         self.names[i] = str(c['name'])
     def image(self, n, r):
-        if not isinstance(r, dict) or 'id' not in r or not isinstance(r.get('file_name'), str): raise InputError(' needs an id and a file_name; export the file again')
+        if not isinstance(r, dict) or 'id' not in r or not isinstance(r.get('file_name'), str):
+            raise InputError(' needs an id and a file_name; export the file again')
         i, size = as_id(r['id'], '.id'), (r.get('height'), r.get('width'))
-        if i in self.index: raise InputError(f': id {said(r["id"])} is also that of images[{self.index[i]}]; make ids unique')
+        if i in self.index:
+            raise InputError(f': id {said(r["id"])} is also that of images[{self.index[i]}]; make ids unique')
         self.index[i] = n; hw = tuple(map(as_whole, size))
         if size!=(None,None) and not (None not in hw and min(hw)>0):
             raise InputError(f': width {said(size[1])}, height {said(size[0])} must be positive integers')
         path = self.pictures.find(r['file_name'], '.file_name')
         if path in self.paths:
-            raise InputError(f'.file_name: {shown(path)} is also the picture of images[{self.paths[path]}]; give the objects of both one image id, and remove the other entry')
+            raise InputError(f'.file_name: {shown(path)} is also the picture of images[{self.paths[path]}]; give the '
+                'objects of both one image id, and remove the other entry')
         self.paths[path] = n
         self.out.files.append(path); self.out.ids.append(i); self.out.sizes.append(None if None in hw else hw)
+
+# %% ../nbs/03d_formats.ipynb #g017z
+class _Coco(_CocoImages):
+    "A COCO file on its way into `Annotations`."
     def annotation(self, a):
         if not isinstance(a, dict): raise InputError(' is no object; export the file again')
         i, c = a.get('image_id'), a.get('category_id')
         if type(i) is not int: i = as_id(i, '.image_id')
         if type(c) is not int: c = as_id(c, '.category_id')
-        if i not in self.index: raise InputError(f': image_id {said(a["image_id"])} is not among the images; add the image or remove the annotation')
+        if i not in self.index:
+            raise InputError(f': image_id {said(a["image_id"])} is not among the images; add the image or remove the '
+                'annotation')
         if c not in self.names:
             known = ', '.join(f'{i}: {n!r}' for i,n in itertools.islice(self.names.items(), 6))
-            raise InputError(f': category_id {said(a["category_id"])} is not declared in categories ({shown(known, 80)}); declare or correct it')
+            raise InputError(f': category_id {said(a["category_id"])} is not declared in categories '
+                f'({shown(known, 80)}); declare or correct it')
         if self.label[c] is None:
-            raise InputError(f': category {said(self.names[c])} is not among the classes {shown(", ".join(self.classes), 80)}; use the same categories in all splits')
+            raise InputError(f': category {said(self.names[c])} is not among the classes '
+                f'{shown(", ".join(self.classes), 80)}; use the same categories in all splits')
         box, area = a.get('bbox'), a.get('area')
         if not box and box!=0: box = polygon_box(a.get('segmentation')); self.out.notes['polygon'] += 1
         box = check_box(box, '.bbox')
         if area is not None and not (area==area and (v := as_number(area)) is not None and abs(v)<1e18):
             raise InputError(f'.area is {said(area)}; correct or remove it')
-        rule = 'iscrowd' if check_flag(a.get('iscrowd'), '.iscrowd') else 'ignore' if check_flag(a.get('ignore'), '.ignore') else ''
-        self.out.put(self.index[i], self.label[c], box, '' if self.use_ignored else rule, None if area is None else float(area)); self.used[c] += 1
+        rule = 'iscrowd' if check_flag(a.get('iscrowd'), '.iscrowd') else 'ignore' if check_flag(a.get('ignore'),
+            '.ignore') else ''
+        self.out.put(self.index[i], self.label[c], box, '' if self.use_ignored else rule, None if area is None
+            else float(area))
+        self.used[c] += 1
 
 # %% ../nbs/03d_formats.ipynb #g019
 def polygon_box(s)->list:
@@ -239,7 +282,7 @@ def read_coco(
     for k in ('images','annotations','categories'):
         if not isinstance(d,dict) or not isinstance(d.get(k),list):
             raise InputError(f'{shown(file)}: no list {k!r}, so this is no COCO detection file; export it again')
-    c = _Coco(d, file, coco_folders(root, file, split), root, classes, use_ignored); out = c.out
+    c = _Coco(d, file, coco_folders(root, file, split), root, classes, use_ignored, of_split(root, split)); out = c.out
     for n,r in enumerate(d['images']): c.tried(f'images[{n}]', c.image, n, r)
     for n,a in enumerate(d['annotations']):
         try: c.annotation(a)
@@ -247,10 +290,12 @@ def read_coco(
             own = f' (id {said(a["id"])})' if isinstance(a, dict) and 'id' in a else ''
             c.faults.append(f'{c.file}: annotations[{n}]{own}{e}')
     check_faults(c.file, c.faults)
-    out.box = bbox; out.notes['by name'] = len(c.pictures.guesses); out.notes['two ids'] = len(c.used) - len({c.names[i] for i in c.used})
+    out.box = bbox; out.notes['by name'] = len(c.pictures.guesses)
+    out.notes['two ids'] = len(c.used) - len({c.names[i] for i in c.used})
     _, ids, _ = map_classes(c.names, c.classes, c.used)
     out.ids, out.source_ids = plain_ids(out.ids); out.category_ids, out.source_categories = plain_ids(ids)
-    raw = {as_id(r['id'], ''):r['id'] for r in d['images']}; kinds = {as_id(k['id'], ''):k['id'] for k in d['categories']}
+    raw = {as_id(r['id'], ''):r['id'] for r in d['images']}
+    kinds = {as_id(k['id'], ''):k['id'] for k in d['categories']}
     if any(type(v) is not int for v in raw.values()): out.source_ids = list(raw.values())
     if any(type(v) is not int for v in kinds.values()): out.source_categories = [kinds.get(i, i) for i in ids]
     return out
@@ -259,25 +304,37 @@ def read_coco(
 _annotation_folders = ('Annotations','annotations','Annotation','annotation','labels','xml','xmls','XML')
 _picture_folders = ('JPEGImages','images','Images','JPEGimages','imgs','img','data')
 
-def _has(folder, suffix)->bool: return folder.is_dir() and any(next(folder.glob(p), None) for p in (f'*{suffix}', f'*/*{suffix}'))
+def _has(folder, suffix)->bool:
+    return folder.is_dir() and any(next(folder.glob(p), None) for p in (f'*{suffix}', f'*/*{suffix}'))
+
+def _is_voc(folder)->bool:
+    "Whether the first XML file there is VOC's."
+    first = min([*folder.glob('*.xml'), *folder.glob('*/*.xml')], default=None)
+    try: return first is not None and voc_root(first) is not None
+    except InputError: return False
 
 def voc_splits(root:Path)->dict:
     "Split -> list file, or folder of XML files, of a VOC-like folder."
-    ann = next((root/n for n in _annotation_folders if _has(root/n, '.xml')), None)
+    ann = next((root/n for n in _annotation_folders if _has(root/n, '.xml')
+        and (n in ('Annotations','annotations') or _is_voc(root/n))), None)
     for pattern in ('ImageSets/Main/*.txt', 'ImageSets/*.txt', '*.txt'):
         out = {f.stem:f for f in sorted(root.glob(pattern))}
-        if pattern=='*.txt': out = {k:f for k,f in out.items() if is_split(k) and (ann or '.xml' in read_text(f)[:4000])}
+        if pattern=='*.txt':
+            out = {k:f for k,f in out.items() if is_split(k) and (ann or '.xml' in read_text(f)[:4000])}
         elif not ann and not (root/'Annotations').is_dir(): out = {}
-        out = {k:f for k,f in out.items() if not ('_' in k and k.rsplit('_',1)[1] in out)}       # aeroplane_train.txt is no split
+        # aeroplane_train.txt is no split
+        out = {k:f for k,f in out.items() if not ('_' in k and k.rsplit('_',1)[1] in out)}
         if out: return out
     for d in sorted(p for p in root.iterdir() if p.is_dir() and is_split(p.name)):
         own = next((x for x in (d, *(d/n for n in _annotation_folders)) if next(x.glob('*.xml'), None)), None)
         if own: out[d.name] = own
-    if ann and not out: out = {d.name:d for d in sorted(ann.iterdir()) if d.is_dir() and is_split(d.name) and _has(d, '.xml')}
-    flat = min(root.glob('*.xml'), default=None)
-    try: return out or (dict(all=ann) if ann else dict(all=root) if flat and voc_root(flat) is not None else {})
-    except InputError: return {}                                               # XML of another kind: `foreign` names it
+    if ann and not out:
+        out = {d.name:d for d in sorted(ann.iterdir()) if d.is_dir() and is_split(d.name) and _has(d, '.xml')}
+    # XML of another kind is for `foreign` to name
+    return out or (dict(all=ann) if ann else dict(all=root) if next(root.glob('*.xml'), None) and _is_voc(root)
+        else {})
 
+# %% ../nbs/03d_formats.ipynb #g022a
 def voc_root(file)->'ET.Element':
     "The <annotation> of a VOC file; an InputError for XML of another kind."
     tree = read_xml(file)
@@ -285,10 +342,12 @@ def voc_root(file)->'ET.Element':
         plain = lambda tag: tag.rpartition('}')[2].lower() if isinstance(tag, str) else ''
         if plain(tree.tag)!='annotation':
             cvat = '; CVAT exports Pascal VOC and COCO too' if tree.tag=='annotations' else ''
-            raise InputError(f'{shown(file)}: is XML of another kind: it begins with <{shown(tree.tag, 60)}>, VOC files with <annotation>; take it away or export it as Pascal VOC{cvat}')
+            raise InputError(f'{shown(file)}: is XML of another kind: it begins with <{shown(tree.tag, 60)}>, VOC '
+                f'files with <annotation>; take it away or export it as Pascal VOC{cvat}')
         for e in tree.iter(): e.tag = plain(e.tag)
     if tree.find('object') is None and next(tree.iter('object'), None) is not None:
-        raise InputError(f'{shown(file)}: its <object>s do not stand directly in <annotation>; export it as Pascal VOC')
+        raise InputError(f'{shown(file)}: its <object>s do not stand directly in <annotation>; export it as Pascal '
+            'VOC')
     return tree
 
 def _object_name(o): return (o.findtext('name') or '').strip()
@@ -303,7 +362,8 @@ def voc_object(o, where, one_based):
     except ValueError: v = text
     x1,y1,x2,y2 = check_box(v, f'{where} ({shown(name, 60)}): bndbox')
     k = 1 if one_based else 0
-    return name, [x1-k, y1-k, x2-x1+k, y2-y1+k], check_flag((o.findtext('difficult') or '0'), f'{where} ({shown(name, 60)}): difficult')
+    return name, [x1-k, y1-k, x2-x1+k, y2-y1+k], check_flag((o.findtext('difficult') or '0'),
+        f'{where} ({shown(name, 60)}): difficult')
 
 def _voc_size(tree):
     size = [as_whole((tree.findtext(f'size/{k}') or '').strip()) for k in ('height','width')]
@@ -312,7 +372,8 @@ def _voc_size(tree):
 def read_voc_xml(file, one_based=True):
     "Size (H, W) or None, and the objects (name, xywh, difficult) of one VOC file."
     tree = voc_root(file)
-    return _voc_size(tree), [voc_object(o, f'{shown(file)}: object {n}', one_based) for n,o in enumerate(tree.findall('object'))]
+    return _voc_size(tree), [voc_object(o, f'{shown(file)}: object {n}', one_based) for n,
+        o in enumerate(tree.findall('object'))]
 
 # %% ../nbs/03d_formats.ipynb #g023
 def voc_class_list(root)->list:
@@ -336,10 +397,12 @@ def voc_entries(where, root, ann, faults)->list: # of (what to call it, XML file
         if not line: continue
         xml = next((w for w in line.split() if w.lower().endswith('.xml')), None)
         if xml and not _is_file(ann/f'{line}.xml'):
-            tried, picture = [root/translated(xml), ann/translated(xml), ann/Path(translated(xml)).name], next((w for w in line.split() if w!=xml), None)
+            tried, picture = [root/translated(xml), ann/translated(xml),
+                ann/Path(translated(xml)).name], next((w for w in line.split() if w!=xml), None)
         else:
             name = lambda l: os.path.splitext(l)[0] if l.lower().endswith(SUFFIXES) else l
-            names = dict.fromkeys((name(line), name(line.split()[0])))                            # "000012", or "000012 1"
+            # "000012", or "000012 1"
+            names = dict.fromkeys((name(line), name(line.split()[0])))
             tried, picture = [d/f'{x}.xml' for n in names for x in (n, translated(n)) for d in (ann,)], None
             tried += [ann/f'{Path(translated(x)).name}.xml' for x in names]
         found = next(filter(_is_file, tried), None)
@@ -347,10 +410,11 @@ def voc_entries(where, root, ann, faults)->list: # of (what to call it, XML file
         else: faults.append(f'{entry}: there is no {shown(tried[-1], 200)}; bring the annotation or remove the line')
     return out
 
+# %% ../nbs/03d_formats.ipynb #g023a
 class _VocPictures(Pictures):
     "Pictures of XML files: the same name in the same sub-folder first."
-    def __init__(self, root, base, folders):
-        super().__init__(root, folders)
+    def __init__(self, root, base, folders, allowed):
+        super().__init__(root, folders, allowed)
         self.base, self.places = base, {}
         for top in self.folders:
             for d, below, files in os.walk(top):
@@ -358,46 +422,57 @@ class _VocPictures(Pictures):
                 rel = os.path.relpath(d, top)
                 for f in sorted(files):
                     stem, suffix = os.path.splitext(f if rel=='.' else os.path.join(rel, f))
-                    if suffix.lower() in SUFFIXES: self.places.setdefault(stem, {}).setdefault(suffix.lower(), Path(d)/f)
+                    if suffix.lower() in SUFFIXES:
+                        self.places.setdefault(stem, {}).setdefault(suffix.lower(), Path(d)/f)
     def of(self, xml, tree):
         "The picture of an XML file."
         stem, named = str(xml.relative_to(self.base).with_suffix('')), (tree.findtext('filename') or '').strip()
         found = self.places.get(stem, {})
         if len(found)>1: found = {s:f for s,f in found.items() if s==os.path.splitext(named)[1].lower()} or found
         if len(found)==1: return next(iter(found.values()))
-        if found: raise InputError(f'{shown(xml)}: its image may be any of {shown(", ".join(map(str, found.values())), 200)}; write the right one as <filename>')
+        if found:
+            raise InputError(f'{shown(xml)}: its image may be any of '
+                f'{shown(", ".join(map(str, found.values())), 200)}; write the right one as <filename>')
         try: return self.find(named or stem, shown(xml))
         except InputError as e:
             if 'may be any' in str(e): raise
             folder = ', '.join(shown(d) for d in self.folders[:3]) or 'any folder'
-            raise InputError(f'{shown(xml)}: its image {shown(stem, 100)}.jpg is not in {folder}; bring the image or remove the annotation') from None
+            raise InputError(f'{shown(xml)}: its image {shown(stem, 100)}.jpg is not in {folder}; bring the image or '
+                'remove the annotation') from None
 
 # %% ../nbs/03d_formats.ipynb #g024
 def voc_folders(root, where, ann)->list:
     "Where the pictures of VOC files may lie, the likeliest first."
     if where.is_file(): return [*(root/n for n in _picture_folders if (root/n).is_dir()), ann]
     up = where.parent
-    return [d for d in (where, *(up/n for n in _picture_folders), *(root/n/where.name for n in _picture_folders), *(up.parent/n/where.name for n in _picture_folders),
+    return [d for d in (where, *(up/n for n in _picture_folders), *(root/n/where.name for n in _picture_folders),
+        *(up.parent/n/where.name for n in _picture_folders),
                         *([up] if where!=root else [])) if d.is_dir()]
 
 def _voc_annotations(entries, parsed, pictures, classes, use_ignored, faults)->Annotations:
     "Put together what was read from XML files; what does not fit goes to `faults`."
-    out, label, paths = Annotations('voc', classes, list(range(1, len(classes)+1))), {c:k for k,c in enumerate(classes)}, {}
+    out, label, paths = Annotations('voc', classes, list(range(1, len(classes)+1))), {c:k for k,
+        c in enumerate(classes)}, {}
     for n,(entry,x,picture) in enumerate(entries):
         if x not in parsed: continue
         path, size, objects = parsed[x]
         try:
             if picture: path = pictures.find(picture, entry)
             if path is None: path = pictures.of(x, voc_root(x))
-            if path in paths: raise InputError(f'{entry}: {shown(path)} is also the picture of {paths[path]}; remove one of the two')
+            if path in paths:
+                raise InputError(f'{entry}: {shown(path)} is also the picture of {paths[path]}; remove one of the '
+                    'two')
         except InputError as e: faults.append(e); continue
         paths[path] = entry
         out.files.append(path); out.ids.append(n); out.sizes.append(size)
         for k,(name,box,difficult) in enumerate(objects):
             if name in label: out.add(label[name], box, 'difficult' if difficult and not use_ignored else '')
-            else: faults.append(f'{shown(x)}: object {k}: class {said(name)} is not among the classes {shown(", ".join(classes), 80)}; correct it or the list of classes')
+            else:
+                faults.append(f'{shown(x)}: object {k}: class {said(name)} is not among the classes '
+                    f'{shown(", ".join(classes), 80)}; correct it or the list of classes')
     return out
 
+# %% ../nbs/03d_formats.ipynb #g024a
 def read_voc(
     root, where,       # data set; list of names, or folder of XML files
     split,             # as asked for
@@ -407,10 +482,12 @@ def read_voc(
 )->Annotations:
     "Read VOC XML."
     faults = []
-    ann = where if where.is_dir() else next((root/n for n in _annotation_folders if _has(root/n, '.xml')), root/'Annotations')
-    if where.is_dir(): entries = [(shown(f), f, None) for f in sorted(where.rglob('*.xml') if where!=root else where.glob('*.xml'))]
+    ann = where if where.is_dir() else next((root/n for n in _annotation_folders if _has(root/n, '.xml')),
+        root/'Annotations')
+    if where.is_dir():
+        entries = [(shown(f), f, None) for f in sorted(where.rglob('*.xml') if where!=root else where.glob('*.xml'))]
     else: entries = voc_entries(where, root, ann, faults)
-    pictures = _VocPictures(root, ann, voc_folders(root, where, ann))
+    pictures = _VocPictures(root, ann, voc_folders(root, where, ann), of_split(root, split))
     if entries and not pictures.places and not pictures.by_name:
         raise InputError(f'{shown(root/"JPEGImages")}: no such folder, and VOC keeps its images there; bring it')
     parsed = {}
@@ -425,13 +502,15 @@ def read_voc(
         classes = sorted({n for *_,objects in parsed.values() for n,_,_ in objects} | set(voc_classes(others)))
     out = _voc_annotations(entries, parsed, pictures, classes, use_ignored, faults)
     check_faults(shown(where), faults)
-    out.notes['zero'] = sum(b[0]==-1 or b[1]==-1 for b in out.bbox) if one_based else 0; out.notes['by name'] = len(pictures.guesses)
+    out.notes['zero'] = sum(b[0]==-1 or b[1]==-1 for b in out.bbox) if one_based else 0
+    out.notes['by name'] = len(pictures.guesses)
     return out
 
 class _Many(InputError):
     "The faults of one XML file."
     def __init__(self, faults): self.faults = faults; super().__init__('; '.join(map(str, faults)))
 
+# %% ../nbs/03d_formats.ipynb #g024b
 def _voc_file(x, pictures, one_based):
     "Picture (None: not found beside), size and objects of one XML file."
     tree, objects, faults = voc_root(x), [], []
@@ -446,7 +525,8 @@ def _voc_file(x, pictures, one_based):
 # %% ../nbs/03d_formats.ipynb #g027
 def crowdhuman_splits(root:Path)->dict:
     "Split -> odgt file of a CrowdHuman folder."
-    return {f.stem.removeprefix('annotation_'):f for f in sorted([*root.glob('annotations/*.odgt'), *root.glob('*.odgt')])}
+    return {f.stem.removeprefix('annotation_'):f for f in sorted([*root.glob('annotations/*.odgt'),
+        *root.glob('*.odgt')])}
 
 def crowdhuman_object(g, where, box, out, use_ignored=False):
     "Check and add one entry of `gtboxes`."
@@ -457,6 +537,7 @@ def crowdhuman_object(g, where, box, out, use_ignored=False):
     rule = 'ignore' if ignore else 'mask' if g.get('tag')!='person' else ''
     out.add(0, check_box(g.get(box), f'{where}.{box}'), '' if use_ignored else rule)
 
+# %% ../nbs/03d_formats.ipynb #g027a
 def read_crowdhuman(
     root, file,        # data set and odgt file
     split,             # as asked for
@@ -465,11 +546,13 @@ def read_crowdhuman(
     use_ignored=False, # learn what is marked ignore, or tagged otherwise than person, like all others
 )->Annotations:
     "Read CrowdHuman odgt; one class, person."
-    if box not in ('fbox','vbox','hbox'): raise InputError(f'box: {said(box)}; take fbox (full body), vbox (visible) or hbox (head)')
+    if box not in ('fbox','vbox','hbox'):
+        raise InputError(f'box: {said(box)}; take fbox (full body), vbox (visible) or hbox (head)')
     classes = list(classes or ['person'])
     if len(classes)!=1: raise InputError(f'classes: CrowdHuman has one class, not {len(classes)}')
     out, faults, paths = Annotations('crowdhuman', classes, [1]), [], {}
-    pictures = Pictures(root, [root/x for x in ('Images', 'images', f'CrowdHuman_{split}/Images', f'CrowdHuman_{split}', split, '.')])
+    pictures = Pictures(root, [root/x for x in ('Images', 'images', f'CrowdHuman_{split}/Images',
+        f'CrowdHuman_{split}', split, '.')], of_split(root, split))
     for n,line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip(): continue
         where = f'{shown(file)}: line {n}'
@@ -479,7 +562,8 @@ def read_crowdhuman(
                 raise InputError(f'{where} needs ID and gtboxes; download the file again')
             path = pictures.find(d['ID'], where)
         except InputError as e: faults.append(e); continue
-        if path in paths: faults.append(f'{where}: {shown(path)} is also the picture of line {paths[path]}; remove one of the two')
+        if path in paths:
+            faults.append(f'{where}: {shown(path)} is also the picture of line {paths[path]}; remove one of the two')
         paths[path] = n
         out.files.append(path); out.ids.append(len(out.ids)); out.sizes.append(None)
         for k,g in enumerate(d['gtboxes']):
@@ -513,10 +597,14 @@ def _inside(root, base, name)->Path:
 def _class_names(v, file)->dict:
     "Number -> name, from a list or a mapping."
     if isinstance(v, list): v = dict(enumerate(v))
-    ok = isinstance(v, dict) and v and all(as_whole(k) is not None and isinstance(n, (str,int,float)) for k,n in v.items())
-    if not ok: raise InputError(f'{shown(file)}: names must be a list of class names (names: [cat, dog]), not {said(v)}; correct it')
+    ok = isinstance(v, dict) and v and all(as_whole(k) is not None and isinstance(n, (str,int,float)) for k,
+        n in v.items())
+    if not ok:
+        raise InputError(f'{shown(file)}: names must be a list of class names (names: [cat, dog]), not {said(v)}; '
+            'correct it')
     return {as_whole(k):str(n).strip() for k,n in v.items()}
 
+# %% ../nbs/03d_formats.ipynb #g030a
 def _yaml_splits(root, file)->dict:
     "Splits of a data.yaml; nothing if it describes no data set."
     d = read_yaml(file)
@@ -524,9 +612,14 @@ def _yaml_splits(root, file)->dict:
     if 'names' not in d or not keys: return {}
     names, base = _class_names(d['names'], file), root
     if isinstance(d.get('path'), str) and (p := _inside(root, root, d['path'])).is_dir(): base = p
-    if as_whole(d.get('nc', len(names)))!=len(names): raise InputError(f'{shown(file)}: nc is {said(d["nc"])}, but names has {count_of(len(names), "name")}; correct it')
-    shape = d.get('kpt_shape'); points = math.prod(map(int, shape)) if isinstance(shape, list) and shape and all(type(v) is int and 0<v<1000 for v in shape[:2]) else 0
-    return {k:YoloSplit(file, names, [_inside(root, base, p) for p in (d[k] if isinstance(d[k], list) else [d[k]])], points) for k in keys}
+    if as_whole(d.get('nc', len(names)))!=len(names):
+        raise InputError(f'{shown(file)}: nc is {said(d["nc"])}, but names has {count_of(len(names), "name")}; '
+            'correct it')
+    shape = d.get('kpt_shape')
+    points = math.prod(map(int, shape)) if isinstance(shape, list) and shape and all(type(v) is int and 0<v<1000
+        for v in shape[:2]) else 0
+    return {k:YoloSplit(file, names, [_inside(root, base, p) for p in (d[k] if isinstance(d[k], list) else [d[k]])],
+        points) for k in keys}
 
 def _darknet_splits(root, file)->dict:
     "Splits of darknet's obj.data: lines of `key = value`."
@@ -540,14 +633,19 @@ def _darknet_splits(root, file)->dict:
 # %% ../nbs/03d_formats.ipynb #g031
 def yolo_splits(root:Path)->dict:
     "Split -> `YoloSplit` of a YOLO folder."
-    for files, read in ((sorted([*root.glob('*.yaml'), *root.glob('*.yml')]), _yaml_splits), (sorted(root.glob('*.data')), _darknet_splits)):
+    for files, read in ((sorted([*root.glob('*.yaml'), *root.glob('*.yml')]), _yaml_splits),
+        (sorted(root.glob('*.data')), _darknet_splits)):
         for f in files:
             if (out := read(root, f)): return out
-    listed = next((f for f in (root/'classes.txt', root/'obj.names', root/'labels'/'classes.txt') if f.is_file()), None)
-    labels = _has(root/'labels', '.txt') or any(_has(d/'labels', '.txt') for d in root.iterdir() if d.is_dir() and is_split(d.name))
+    listed = next((f for f in (root/'classes.txt', root/'obj.names', root/'labels'/'classes.txt') if f.is_file()),
+        None)
+    labels = _has(root/'labels', '.txt') or any(_has(d/'labels', '.txt') for d in root.iterdir() if d.is_dir()
+        and is_split(d.name))
     if listed is None:
-        if labels and any((d/'images').is_dir() for d in (root, *(d for d in root.iterdir() if d.is_dir() and is_split(d.name)))):
-            raise InputError(f'{shown(root)}: has YOLO labels but no names of their classes; write them into classes.txt, a line each in the order of their numbers')
+        if labels and any((d/'images').is_dir() for d in (root, *(d for d in root.iterdir() if d.is_dir()
+            and is_split(d.name)))):
+            raise InputError(f'{shown(root)}: has YOLO labels but no names of their classes; write them into '
+                'classes.txt, a line each in the order of their numbers')
         return {}
     names = {k:n.strip() for k,n in enumerate(read_text(listed).splitlines()) if n.strip()}
     split = lambda d: YoloSplit(listed, names, [d])
@@ -555,21 +653,27 @@ def yolo_splits(root:Path)->dict:
                   {d.parent.name:d for d in sorted(root.glob('*/images')) if is_split(d.parent.name)}):
         if found and labels: return {k:split(d) for k,d in found.items()}
     if labels and (root/'images').is_dir(): return dict(all=split(root/'images'))
-    beside = any(f.name not in ('classes.txt','labels.txt') and f.with_suffix(s).is_file() for f in itertools.islice(sorted(root.glob('*.txt')), 50) for s in SUFFIXES[:5])
+    beside = any(f.name not in ('classes.txt','labels.txt') and f.with_suffix(s).is_file()
+        for f in itertools.islice(sorted(root.glob('*.txt')), 50) for s in SUFFIXES[:5])
     return dict(all=split(root)) if beside else {}
 
+# %% ../nbs/03d_formats.ipynb #g031a
 def yolo_pictures(parts, root, faults)->list:
     "The pictures of a split: those in folders, and those that lists name."
     out = []
     for p in parts:
-        if p.is_dir(): out += [Path(d)/f for d, below, fs in os.walk(p) for f in sorted(fs) if f.lower().endswith(SUFFIXES) and f[0]!='.']
+        if p.is_dir():
+            out += [Path(d)/f for d, below, fs in os.walk(p) for f in sorted(fs) if f.lower().endswith(SUFFIXES)
+                and f[0]!='.']
         elif p.is_file():
             look = Pictures(root, [p.parent, root, root/'images'])
             for n,line in enumerate(read_text(p).splitlines(), 1):
                 try:
                     if line.strip(): out.append(look.find(line.strip(), f'{shown(p)}: line {n}'))
                 except InputError as e: faults.append(e)
-        else: faults.append(f'{shown(p)}: no such folder or list of pictures, and a split lies there; bring it or correct its path')
+        else:
+            faults.append(f'{shown(p)}: no such folder or list of pictures, and a split lies there; bring it or '
+                'correct its path')
     return sorted(dict.fromkeys(out))
 
 def label_file(picture:Path, root:Path)->Path:
@@ -581,21 +685,27 @@ def label_file(picture:Path, root:Path)->Path:
         if _is_file(f): return f
     return picture.with_suffix('.txt')
 
+# %% ../nbs/03d_formats.ipynb #g031b
 def yolo_object(line:str, where:str, names:dict, points:int=0):
     "Class number, box (middle and size, shares of the picture), and whether it was a polygon; of one line."
     v = [as_number(w) for w in line.split()]
     if points and len(v) in (5, 5+points): v = v[:5]
     if None in v or len(v)<5 or len(v)==6 or len(v)>5 and len(v)%2==0:
         more = '; six numbers are predictions with a score' if len(v)==6 else ''
-        raise InputError(f'{where}: {said(line)} is no object: a class number and four numbers (or a polygon) are{more}; correct or remove the line')
+        raise InputError(f'{where}: {said(line)} is no object: a class number and four numbers (or a polygon) '
+            f'are{more}; correct or remove the line')
     c = as_whole(v[0])
-    if c not in names: raise InputError(f'{where}: class {said(line.split()[0])} has no name, there are {count_of(len(names), "name")}, numbered from 0; correct it or the names')
+    if c not in names:
+        raise InputError(f'{where}: class {said(line.split()[0])} has no name, there are '
+            f'{count_of(len(names), "name")}, numbered from 0; correct it or the names')
     if not all(-.5<=x<=1.5 for x in v[1:]):
-        raise InputError(f'{where}: {said(line)} has coordinates that are no shares of the picture (0 to 1); divide x by its width, y by its height')
+        raise InputError(f'{where}: {said(line)} has coordinates that are no shares of the picture (0 to 1); divide '
+            'x by its width, y by its height')
     if len(v)==5: return c, v[1:], False
     x, y = v[1::2], v[2::2]
     return c, [(min(x)+max(x))/2, (min(y)+max(y))/2, max(x)-min(x), max(y)-min(y)], True
 
+# %% ../nbs/03d_formats.ipynb #g031c
 def read_yolo(root, where:YoloSplit, split, classes=None)->Annotations:
     "Read YOLO text files."
     faults, names = [], where.names
@@ -611,31 +721,39 @@ def read_yolo(root, where:YoloSplit, split, classes=None)->Annotations:
             if not line.strip(): continue
             try:
                 c, box, polygon = yolo_object(line, f'{shown(f)}: line {k}', names, where.points)
-                if label[c] is None: raise InputError(f'{shown(f)}: line {k}: class {said(names[c])} is not among the classes {shown(", ".join(classes), 80)}; use the same names in all splits')
+                if label[c] is None:
+                    raise InputError(f'{shown(f)}: line {k}: class {said(names[c])} is not among the classes '
+                        f'{shown(", ".join(classes), 80)}; use the same names in all splits')
             except InputError as e: faults.append(e); continue
             out.add(label[c], box); out.notes['polygon'] += polygon
     check_faults(shown(where.file), faults)
     return out
 
 # %% ../nbs/03d_formats.ipynb #g034
-FORMS = dict(coco=(coco_splits, read_coco), voc=(voc_splits, read_voc), crowdhuman=(crowdhuman_splits, read_crowdhuman), yolo=(yolo_splits, read_yolo))
-OPTIONS = dict(coco=('bbox','use_ignored'), voc=('one_based','use_ignored'), crowdhuman=('box','use_ignored'), yolo=())
+FORMS = dict(coco=(coco_splits, read_coco), voc=(voc_splits, read_voc),
+    crowdhuman=(crowdhuman_splits, read_crowdhuman), yolo=(yolo_splits, read_yolo))
+OPTIONS = dict(coco=('bbox','use_ignored'), voc=('one_based','use_ignored'), crowdhuman=('box','use_ignored'),
+    yolo=())
 
 def _json_kind(d)->str:
     "The format of a JSON file that is not COCO's, and the step that helps; or nothing."
     one = d[0] if isinstance(d, list) and d and isinstance(d[0], dict) else {}
     if not isinstance(d, dict): d = {}
     if 'shapes' in d and 'imagePath' in d: return 'labelme files; labelme2coco, a package, turns them into COCO JSON'
-    if 'image' in one and 'annotations' in one and any('coordinates' in a for a in one['annotations'] if isinstance(a, dict)) if isinstance(one.get('annotations'), list) else False:
+    if 'image' in one and 'annotations' in one and any('coordinates' in a for a in one['annotations']
+        if isinstance(a, dict)) if isinstance(one.get('annotations'), list) else False:
         return 'CreateML JSON; Roboflow turns it into COCO JSON, or export it as COCO where it was made'
-    if {'annotations','data'}<=one.keys() or {'image','label'}<=one.keys(): return 'Label Studio\'s own JSON; export it again as COCO'
-    if any(isinstance(v, dict) and 'regions' in v for v in itertools.islice(d.values(), 3)) or '_via_img_metadata' in d:
+    if {'annotations','data'}<=one.keys() or {'image','label'}<=one.keys():
+        return 'Label Studio\'s own JSON; export it again as COCO'
+    if any(isinstance(v, dict) and 'regions' in v for v in itertools.islice(d.values(),
+        3)) or '_via_img_metadata' in d:
         return 'VGG Image Annotator (VIA) files; export them again as COCO'
     if 'items' in d and 'categories' in d: return 'Datumaro JSON; datum convert -f coco turns it into COCO JSON'
     if 'objects' in d and 'size' in d: return 'Supervisely files; export them again as COCO'
     if {'images','categories'}<=d.keys(): return 'COCO JSON without annotations; take the file that has them'
     return ''
 
+# %% ../nbs/03d_formats.ipynb #g034a
 def foreign(root:Path)->str:
     "What else a folder holds, and what helps; or nothing."
     near = [root, *sorted(p for p in root.iterdir() if p.is_dir() and p.name[0]!='.')][:20]
@@ -649,12 +767,16 @@ def foreign(root:Path)->str:
             except InputError as e: return str(e)
         for f in itertools.islice(sorted(d.glob('*.csv')), 1):
             head = read_text(f).splitlines()[:1]
-            if head and len(next(csv.reader(head)))>=4: return f'{shown(f.name)} is a table (CSV); Roboflow or FiftyOne turn it into COCO JSON, or write its rows as annotations: image_id, category_id, bbox'
-        for suffix, what in (('.tfrecord','TensorFlow records'), ('.parquet','Parquet tables'), ('.mat','MATLAB files')):
-            if next(d.glob(f'*{suffix}'), None): return f'{shown(d.name)} holds {what}; export the data set as COCO JSON'
+            if head and len(next(csv.reader(head)))>=4:
+                return f'{shown(f.name)} is a table (CSV); Roboflow or FiftyOne turn it into COCO JSON, or write its rows as annotations: image_id, category_id, bbox'
+        for suffix, what in (('.tfrecord','TensorFlow records'), ('.parquet','Parquet tables'),
+            ('.mat','MATLAB files')):
+            if next(d.glob(f'*{suffix}'), None):
+                return f'{shown(d.name)} holds {what}; export the data set as COCO JSON'
     if not any(f.suffix.lower() in SUFFIXES for d in near for f in itertools.islice(d.iterdir(), 2000)): return ''
     return 'there are pictures but no annotations that are read (--help lists them)'
 
+# %% ../nbs/03d_formats.ipynb #g034b
 def recognise(root:Path)->list:
     "Forms of data set (coco, voc, crowdhuman, yolo) that a folder holds; an InputError if none."
     if not root.exists(): raise InputError(f'{shown(root)}: no such folder; correct the path')
@@ -665,15 +787,18 @@ def recognise(root:Path)->list:
             try:
                 if splits(d): out.append(k)
             except InputError as e: faults.append(e)
-            except OSError as e: raise InputError(f'{shown(d)}: cannot be read ({e.strerror}); give yourself the right to read it') from None
+            except OSError as e:
+                raise InputError(f'{shown(d)}: cannot be read ({e.strerror}); give yourself the right to read it') from None
         return out
     if (forms := holds(root, faults := [])): return forms
     if faults: raise faults[0]
     if (root/'Annotations').is_dir() and (root/'JPEGImages').is_dir():
-        raise InputError(f'{shown(root)}: has VOC folders but no annotation in them; bring Annotations/*.xml, and list names, a line each, in ImageSets/Main/train.txt')
+        raise InputError(f'{shown(root)}: has VOC folders but no annotation in them; bring Annotations/*.xml, and '
+            'list names, a line each, in ImageSets/Main/train.txt')
     below = [d.name for d in sorted(root.iterdir()) if d.is_dir() and d.name[0]!='.' and holds(d, [])]
     hint = f'did you mean {shown(root/below[0])}?' if below else foreign(root) or 'python -m ala_nb.data --help lists the layouts that are read'
-    raise InputError(f'{shown(root)}: no data set: neither annotations/instances_*.json (COCO) nor Annotations/*.xml (VOC) '
+    raise InputError(f'{shown(root)}: no data set: neither annotations/instances_*.json (COCO) nor Annotations/*.xml '
+        '(VOC) '
                      f'nor *.odgt (CrowdHuman) nor data.yaml (YOLO); {hint}')
 
 # %% ../nbs/03d_formats.ipynb #g037
@@ -692,12 +817,14 @@ def check_images(found:Annotations, verify=True, where='images'):
     found.turn, notes = turns(infos, found.sizes); found.notes.update(notes)
     found.turn = [t if info else None for t,info in zip(found.turn, infos)]
     found.sizes = [s or (i.upright if t else i.stored) for s,i,t in zip(found.sizes, infos, found.turn)]
-    found.notes['dark'] += sum(int(read_image(f).max())<16 for f in deep[:3])                    # 12 bits in 16: at most 4095/65535 of white
+    # 12 bits in 16: at most 4095/65535 of white
+    found.notes['dark'] += sum(int(read_image(f).max())<16 for f in deep[:3])
 
 def take_share(found:Annotations, val_share:float, val:bool):
     "Keep the images whose name falls into `val` (or not), by a hash that is the same everywhere."
     import hashlib
-    h = [int.from_bytes(hashlib.sha256(Path(f).name.encode('utf-8','surrogateescape')).digest()[:6], 'big')/2**48 for f in found.files]
+    h = [int.from_bytes(hashlib.sha256(Path(f).name.encode('utf-8','surrogateescape')).digest()[:6], 'big')/2**48
+        for f in found.files]
     keep = [i for i,x in enumerate(h) if (x<val_share)==val]; at = {i:k for k,i in enumerate(keep)}
     for k in ('files','ids','sizes','source_ids'):
         if (v := getattr(found, k)): setattr(found, k, [v[i] for i in keep])

@@ -20,7 +20,8 @@ from .files import SUFFIXES, _mismatch, check_faults, error_text, image_info, na
 from .formats import as_id, as_whole, map_classes
 from .data import eval_transforms, font_for
 from .detector import load_detector
-from .evaluate import (Parser, _share, add_inference, detecting, exit_code, finite_outputs, pick_device, rescale_boxes, run_config, run_sizes,
+from .evaluate import (Parser, _share, add_inference, detecting, exit_code, finite_outputs, pick_device,
+    rescale_boxes, run_config, run_sizes,
     underscored, write_json)
 
 # %% ../nbs/18_predict.ipynb #c007
@@ -165,7 +166,8 @@ def data_set_entries(
     gt = read_json(read_text(annotations), annotations) if Path(annotations).is_file() else None
     if not (isinstance(gt, dict) and isinstance(gt.get('images'), list) and isinstance(gt.get('categories'), list)):
         raise InputError(f'{where}: not a COCO JSON file with images and categories')
-    by_name, rows = {}, [[as_id(c['id'], 'id'), c] for c in gt['categories'] if isinstance(c, dict) and 'id' in c and 'name' in c]
+    by_name, rows = {}, [[as_id(c['id'], 'id'), c] for c in gt['categories'] if isinstance(c, dict) and 'id' in c
+        and 'name' in c]
     images = [r for r in gt['images'] if isinstance(r, dict) and 'id' in r and isinstance(r.get('file_name'), str)]
     if len(rows)<len(gt['categories']) or len(images)<len(gt['images']):
         raise InputError(f'{where}: an image without file_name and id, or a category without name and id')
@@ -173,10 +175,17 @@ def data_set_entries(
     def row(f):
         "The entry of a file: of its name, and of those the one that shares most folders with it."
         parts = [x.lower() for x in reversed(f.absolute().parts)]
-        def shared(r): return sum(1 for _ in itertools.takewhile(lambda ab: ab[0]==ab[1], zip(reversed(translated(r['file_name']).lower().split('/')), parts)))
-        found = by_name.get(f.name.lower(), []); best = max(map(shared, found), default=0); found = [r for r in found if shared(r)==best]
-        if not found: raise InputError(f'{where}: has no image {shown(f.name)}; leave the option out for images that are not in it')
-        if len(found)>1: raise InputError(f'{where}: {len(found)} images are called {shown(f.name)}, and their folders do not tell which it is; leave the option out')
+        def shared(r):
+            return sum(1 for _ in itertools.takewhile(lambda ab: ab[0]==ab[1],
+                zip(reversed(translated(r['file_name']).lower().split('/')), parts)))
+        found = by_name.get(f.name.lower(), []); best = max(map(shared, found), default=0)
+        found = [r for r in found if shared(r)==best]
+        if not found:
+            raise InputError(f'{where}: has no image {shown(f.name)}; leave the option out for images that are not '
+                'in it')
+        if len(found)>1:
+            raise InputError(f'{where}: {len(found)} images are called {shown(f.name)}, and their folders do not '
+                'tell which it is; leave the option out')
         return found[0]
     mine, faults = [], []
     for f in files:
@@ -185,19 +194,23 @@ def data_set_entries(
     check_faults(where, faults)
     names, used = {i:str(c['name']) for i,c in rows}, Counter()
     for a in gt['annotations'] if isinstance(gt.get('annotations'), list) else []:
-        if isinstance(a, dict) and isinstance(a.get('category_id'), (int,str)): used[as_id(a['category_id'] or 0, 'category_id')] += 1
+        if isinstance(a, dict) and isinstance(a.get('category_id'), (int,str)):
+            used[as_id(a['category_id'] or 0, 'category_id')] += 1
     for c in classes:
-        if c not in names.values(): raise InputError(f"{where}: has no class {said(c)}; there are {shown(', '.join(names.values()), 200)}")
+        if c not in names.values():
+            raise InputError(f"{where}: has no class {said(c)}; there are {shown(', '.join(names.values()), 200)}")
     sizes = [(h,w) if (h := as_whole(r.get('height'))) and (w := as_whole(r.get('width'))) else None for r in mine]
     raw = {i:c['id'] for i,c in rows}
     return [r['id'] for r in mine], [raw[i] for i in map_classes(names, classes, used)[1]], sizes
 
+# %% ../nbs/18_predict.ipynb #c023a
 def data_set_ids(annotations, files, classes): return data_set_entries(annotations, files, classes)[:2]
 
 def annotated_frames(files:list, sizes:list)->list: # for each file whether its EXIF rotation is carried out
     "The rule of orientation, as in training; an InputError where a picture has not the size that its annotation gives."
     infos = [image_info(f) for f in files]
-    check_faults('--annotations', [_mismatch(f, i.upright, s) for f,i,s in zip(files, infos, sizes) if s and s not in i[:2]])
+    check_faults('--annotations', [_mismatch(f, i.upright, s) for f,i,s in zip(files, infos, sizes) if s
+        and s not in i[:2]])
     return turns(infos, sizes)[0]
 
 def picture_names(
@@ -217,20 +230,23 @@ class staging:
     "A hidden folder in `out`, whose files are moved up if the block ends well (predictions.json last) and deleted if not."
     def __init__(self, out): self.out = Path(out)
     def __enter__(self):
-        for old in self.out.glob('.partial.*'):                                  # what a killed run left: its lock went with it
+        # what a killed run left: its lock went with it
+        for old in self.out.glob('.partial.*'):
             with self.locked(old) as mine:
                 if mine: shutil.rmtree(old, ignore_errors=True)
         self.made = [p for p in (self.out.absolute(), *self.out.absolute().parents) if not p.exists()]
         with naming(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-            self.stage = Path(tempfile.mkdtemp(dir=self.out, prefix='.partial.'))  # inside, so that moving is renaming
+            # inside, so that moving is renaming
+            self.stage = Path(tempfile.mkdtemp(dir=self.out, prefix='.partial.'))
         self.lock = self.locked(self.stage); self.lock.__enter__()
         return self.stage
     @contextlib.contextmanager
     def locked(self, folder):
         "Hold the operating system's lock of a folder, which a kill releases; whether it was to be had."
         try: import fcntl
-        except ImportError: yield False; return                                  # no such locks here: leave what is there
+        # no such locks here: leave what is there
+        except ImportError: yield False; return
         fd = os.open(folder, os.O_RDONLY)
         try:
             try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); got = True
@@ -239,7 +255,8 @@ class staging:
         finally: os.close(fd)
     def __exit__(self, kind, *_):
         if kind is None:
-            for f in sorted(self.stage.iterdir(), key=lambda f: f.name == 'predictions.json'): os.replace(f, self.out/f.name)
+            for f in sorted(self.stage.iterdir(), key=lambda f: f.name == 'predictions.json'):
+                os.replace(f, self.out/f.name)
         shutil.rmtree(self.stage, ignore_errors=True); self.lock.__exit__(None, None, None)
         if kind is not None:
             for p in self.made:                                   # folders that were made for nothing
@@ -257,13 +274,16 @@ def check_out(
     if out.exists() and not out.is_dir(): raise InputError(f'--out {out} is a file; name a folder')
     inputs = {f.resolve() for f in files}
     for n in names:
-        if (out/n).resolve() in inputs: raise InputError(f'--out {out}: {n} is an input and would be lost; choose another folder')
+        if (out/n).resolve() in inputs:
+            raise InputError(f'--out {out}: {n} is an input and would be lost; choose another folder')
     there = [n for n in names if (out/n).exists()]
-    if there and not overwrite: raise InputError(f'--out {out} already holds {there[-1]}; choose another folder, or --overwrite')
+    if there and not overwrite:
+        raise InputError(f'--out {out} already holds {there[-1]}; choose another folder, or --overwrite')
     base = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not os.access(base, os.W_OK): raise InputError(f'--out {out}: {base} cannot be written to')
     return out
 
+# %% ../nbs/18_predict.ipynb #c028a
 def predict_files(
     run,             # run directory
     inputs,          # files and folders
@@ -286,24 +306,35 @@ def predict_files(
     model = load_detector(run, checkpoint, **({} if method is None else dict(method=method))).to(pick_device(device))
     readable = check_inputs(files, skip_unreadable)
     kept = set(readable); names = [n for f,n in zip(files, names) if f in kept]
-    ids, categories, turn, sizes = range(1,len(readable)+1), range(1,len(classes)+1), itertools.repeat(True), itertools.repeat(None)
+    ids, categories, turn, sizes = range(1,len(readable)+1), range(1,len(classes)
+        +1), itertools.repeat(True), itertools.repeat(None)
     if annotations:
-        ids, categories, sizes = data_set_entries(annotations, readable, classes); turn = annotated_frames(readable, sizes)
+        ids, categories, sizes = data_set_entries(annotations, readable, classes)
+        turn = annotated_frames(readable, sizes)
     images = (read_image(*x) for x in zip(readable, sizes, turn))
     with staging(out) as stage, finite_outputs(model):
         rows, found = [], []
-        stream = predict_batches(model, images, *run_sizes(config, size, max_size), batch_size, score_threshold=score_threshold, **how)
-        stream = tqdm(stream, total=len(readable), desc='predicting', unit='image', disable=None if progress else True)
+        stream = predict_batches(model, images, *run_sizes(config, size, max_size), batch_size,
+            score_threshold=score_threshold, **how)
+        stream = tqdm(stream, total=len(readable), desc='predicting', unit='image', disable=None if progress
+            else True)
         for (image,dets),f,name,i in zip(stream, readable, names, ids):
-            rows.append(dict(id=i, file_name=str(f), width=image.shape[2], height=image.shape[1]) | (dict(picture=name) if name else {}))
-            for (x1,y1,x2,y2),l,s in zip(dets['boxes'].double().tolist(), dets['labels'].tolist(), dets['scores'].tolist()):
-                found.append(dict(id=len(found)+1, image_id=i, category_id=categories[l], bbox=[x1,y1,x2-x1,y2-y1], score=s,
+            rows.append(dict(id=i, file_name=str(f), width=image.shape[2],
+                height=image.shape[1]) | (dict(picture=name) if name else {}))
+            for (x1,y1,x2,y2),l,s in zip(dets['boxes'].double().tolist(), dets['labels'].tolist(),
+                dets['scores'].tolist()):
+                found.append(dict(id=len(found)+1, image_id=i, category_id=categories[l], bbox=[x1,y1,x2-x1,y2-y1],
+                    score=s,
                     area=(x2-x1)*(y2-y1), iscrowd=0))
             if name:
-                with naming(out/name): draw_detections(image, dets, classes).save(stage/name, **({} if name.endswith('.png') else dict(quality=92)))
-        info = dict(description='detections by ala_nb', run=str(run), checkpoint=checkpoint, score_threshold=score_threshold, size=size, max_size=max_size, **how)
+                with naming(out/name):
+                    draw_detections(image, dets, classes).save(stage/name, **({} if name.endswith('.png')
+                        else dict(quality=92)))
+        info = dict(description='detections by ala_nb', run=str(run), checkpoint=checkpoint,
+            score_threshold=score_threshold, size=size, max_size=max_size, **how)
         info = {k:v for k,v in info.items() if v is not None}
-        told = dict(info=info, images=rows, categories=[dict(id=c, name=n) for c,n in zip(categories, classes)], annotations=found)
+        told = dict(info=info, images=rows, categories=[dict(id=c, name=n) for c,n in zip(categories, classes)],
+            annotations=found)
         with naming(out/'predictions.json'): write_json(stage/'predictions.json', told)
     return told
 

@@ -242,9 +242,9 @@ def test_xml_of_another_kind(tmp_path, xml, right):
     else: assert load_dataset(root, classes=['cat','CAT'])[1][1]['boxes'].tolist()==[[5,6,25,36]]
 
 def test_the_same_picture_and_box_twice(tmp_path):
-    d = coco(['0.png','1.png','2.png'], ((5,6,20,30),(5,6,20,30))); root = write_coco(tmp_path, d); shutil.copy(root/'train/0.png', root/'train/2.png'); text(root/'annotations/instances_val.json', coco(['0.png']))
+    d = coco(['0.png','1.png','2.png'], ((5,6,20,30),(5,6,20,30))); root = write_coco(tmp_path, d); shutil.copy(root/'train/0.png', root/'train/2.png'); picture(root/'val/0.png'); text(root/'annotations/instances_val.json', coco(['0.png']))
     r, w = said(root); assert r.counts['same_picture']==1 and r.counts['same_box']==3 and '0.png and 2.png' in w and '3 objects given twice' in w
-    sets = [load_dataset(root, s) for s in ('train','val')]; assert data.shared_pictures(sets)[0].startswith('2 pictures both in train and in val') or '1 picture both' in data.shared_pictures(sets)[0]
+    sets = [load_dataset(root, s) for s in ('train','val')]; assert data.shared_pictures(sets)==['1 picture both in train and in val, as 0.png: an AP measured on them says nothing about new pictures']
 
 def test_report_of_a_cut_set_and_classes(tmp_path):
     d = coco_dict(); d['categories'].append(dict(id=11, name='Cat')); r, w = said(write_coco(tmp_path, d))
@@ -255,11 +255,11 @@ def test_report_of_a_cut_set_and_classes(tmp_path):
 
 def test_report_page(tmp_path):
     root = write_coco(tmp_path/'set', coco_dict()); d = coco_dict(); d['categories'] = [dict(id=5, name='<b>血\x1b[2J$x'), dict(id=9, name='dog')]
-    text(root/'annotations/instances_val.json', d)
+    text(root/'annotations/instances_val.json', d); shutil.copytree(root/'train', root/'val')
     with contextlib.redirect_stdout(io.StringIO()) as out: code = data.main([str(root), '--out', str(tmp_path/'r.html')])
     assert code==2 and "val: " in out.getvalue() and '\x1b' not in out.getvalue()                           # classes differ: said, and train is still reported
     page = (tmp_path/'r.html').read_text(); assert page.count('<img')==1
-    (root/'annotations/instances_train.json').unlink()
+    (root/'annotations/instances_train.json').unlink(); shutil.rmtree(root/'train')
     with contextlib.redirect_stdout(io.StringIO()): assert data.main([str(root), '--out', str(tmp_path/'r.html')])==0 and data.main([str(root), '--out', str(tmp_path/'r.png')])==0
     page = (tmp_path/'r.html').read_text(); assert '&lt;b&gt;血' in page and '<b>' not in page and '\x1b' not in page
     with Image.open(tmp_path/'r.png') as im: assert im.width>800
@@ -452,3 +452,8 @@ def test_twelve_bits(tmp_path):
     ifd = struct.pack('<H', len(tags)) + b''.join(struct.pack('<HHII', *t) for t in tags) + struct.pack('<I', 0)
     (tmp_path/'t.tif').write_bytes((b'II*\0' + struct.pack('<I', 8) + ifd).ljust(122, b'\0') + b'\xff\xff\xff'*2 + b'\0\0\0'*2)
     assert files.read_image(tmp_path/'t.tif')[0].tolist()==[[255]*4, [0]*4]
+
+def test_another_splits_picture_is_never_guessed(tmp_path):
+    root = write_coco(tmp_path, coco(['0.png','1.png'])); text(root/'annotations/instances_val.json', coco(['0.png'])); (root/'images').mkdir()
+    complains(root, 'image 0.png is not in', 'train/0.png is in the folder of another split', split='val')
+    picture(root/'images/more/0.png', 80); assert found(root, 'val')[0][0]==80 and [x for x,*_ in found(root)]==[0,40]
