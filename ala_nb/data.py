@@ -301,7 +301,8 @@ class DetectionDataset(Dataset):
     ):
         self.name, self.split, self.classes, self.category_ids = name, split, list(classes), list(category_ids)
         self.sizes, self.ids, self.files, self.report = sizes, ids, files, report or {}
-        self.source_ids = self.source_categories = None   # ids of images and classes as the source has them, where they are no plain numbers
+        # ids of images and classes as the source has them, where they are no plain numbers
+        self.source_ids = self.source_categories = None
     def image(self, i):
         "Image i, uint8 (3, H, W)."
         raise NotImplementedError
@@ -316,25 +317,29 @@ class DetectionDataset(Dataset):
         return [dict(bbox=x, category_id=self.category_ids[l], area=a, iscrowd=c, ignore=c) for x,l,a,c in rows]
     def ground_truth(self):
         "COCO-style dict (images, annotations numbered from 1, categories), in pixels of the images as they are on disk."
-        images = [dict(id=i, file_name=str(f), height=h, width=w) for i,f,(h,w) in zip(self.ids, self.files, self.sizes)]
+        images = [dict(id=i, file_name=str(f), height=h, width=w) for i,f,
+            (h,w) in zip(self.ids, self.files, self.sizes)]
         found = [dict(a, image_id=self.ids[i]) for i in range(len(self)) for a in self.annotations(i)]
         return dict(images=images, annotations=[dict(a, id=n) for n,a in enumerate(found, 1)],
                     categories=[dict(id=c, name=n) for c,n in zip(self.category_ids, self.classes)])
     def __len__(self): return len(self.sizes)
     def __getitem__(self, i):
-        i = range(len(self))[i]                                             # negative indices, and IndexError beyond the end
+        # negative indices, and IndexError beyond the end
+        i = range(len(self))[i]
         image, target = self.image(i), self.objects(i)
         hw = tuple(image.shape[-2:])
         target['boxes'] = tv_tensors.BoundingBoxes(target['boxes'], format='XYXY', canvas_size=hw)
         return tv_tensors.Image(image), dict(target, image_id=self.ids[i], file=str(self.files[i]))
     def summary(self):
         "One line about what was read and what was amended."
-        words = dict(crowd='crowd, difficult or ignored', clipped='clipped to their image', dropped_size='dropped: no width or height',
+        words = dict(crowd='crowd, difficult or ignored', clipped='clipped to their image',
+            dropped_size='dropped: no width or height',
                      dropped_outside='dropped: outside their image', empty='images without objects')
         more = '; '.join(f'{self.report[k]} {w}' for k,w in words.items() if self.report.get(k))
         objects = f'{self.report["objects"]} objects, ' if 'objects' in self.report else ''
         return f'{shown(self.name)} {shown(self.split)}: {len(self)} images, {objects}{len(self.classes)} classes' + (f' ({more})' if more else '')
-    def __repr__(self): return f'{type(self).__name__}({self.name}, {self.split}: {len(self)} images, {len(self.classes)} classes)'
+    def __repr__(self):
+        return f'{type(self).__name__}({self.name}, {self.split}: {len(self)} images, {len(self.classes)} classes)'
 
 # %% ../nbs/04_data.ipynb #c034
 class ShapesDataset(DetectionDataset):
@@ -391,9 +396,11 @@ def clip_boxes(
     box = np.concatenate([xywh[:,:2], xywh[:,:2]+xywh[:,2:]], 1)
     inside = np.clip(box, 0, np.tile(wh,2)).astype(np.float32)
     beside = ((box[:,2:]<=0) | (box[:,:2]>=wh)).any(1)
-    flat = (xywh[:,2:]<=0).any(1) | ~beside & (inside[:,2:]<=inside[:,:2]).any(1)   # also what is too thin for float32
+    # also what is too thin for float32
+    flat = (xywh[:,2:]<=0).any(1) | ~beside & (inside[:,2:]<=inside[:,:2]).any(1)
     gone = beside & ~flat
-    clipped = (np.abs(inside-box)>.05).any(1) & ~flat & ~gone               # COCO's own boxes exceed by rounding, up to 0.01 px
+    # COCO's own boxes exceed by rounding, up to 0.01 px
+    clipped = (np.abs(inside-box)>.05).any(1) & ~flat & ~gone
     return inside, clipped, flat, gone
 
 def other_form(
@@ -406,10 +413,12 @@ def other_form(
     def fits(f):
         b = as_xywh(bbox, sizes, f); return ((b[:,2:]>0) & (b[:,:2]>=-slack) & (b[:,:2]+b[:,2:]<=wh+slack)).all(1)
     if len(bbox)<2: return ''
-    if not form.endswith('n') and np.abs(bbox).max()<=1: return form+'n'       # all within 0 ... 1: shares of the image
+    # all within 0 ... 1: shares of the image
+    if not form.endswith('n') and np.abs(bbox).max()<=1: return form+'n'
     if fits(form).mean()>=.9: return ''
     return next((f for f in BOXES[:3] if f!=form and fits(f).all()), '')
 
+# %% ../nbs/04_data.ipynb #c057a
 class FolderDataset(DetectionDataset):
     "Images and annotations of a folder, packed into arrays."
     def __init__(self, name, split, found:Annotations):
@@ -421,10 +430,13 @@ class FolderDataset(DetectionDataset):
         self.form, self._bbox, self._boxes = found.form, bbox[rows], boxes[rows]
         self._label, self._crowd = np.array(found.label, np.int64)[rows], np.array(found.crowd, bool)[rows]
         self._area = np.where(np.isnan(area), bbox[:,2]*bbox[:,3], area)[rows]
-        self.rules = sorted(set(found.rule)); self._rule = np.array([self.rules.index(r) for r in found.rule], np.int8)[rows]
+        self.rules = sorted(set(found.rule))
+        self._rule = np.array([self.rules.index(r) for r in found.rule], np.int8)[rows]
         self._first, self._turn, self.notes = np.searchsorted(image[rows], np.arange(n+1)), found.turn, +found.notes
-        self.looks_like = other_form(raw if found.form=='coco' else bbox, sizes[image], found.box if found.form=='coco' else 'xywh')
-        report = dict(images=n, objects=len(rows), crowd=int(self._crowd.sum()), clipped=int(clipped.sum()), dropped_size=int(flat.sum()),
+        self.looks_like = other_form(raw if found.form=='coco' else bbox, sizes[image], found.box
+            if found.form=='coco' else 'xywh')
+        report = dict(images=n, objects=len(rows), crowd=int(self._crowd.sum()), clipped=int(clipped.sum()),
+            dropped_size=int(flat.sum()),
                       dropped_outside=int(gone.sum()), empty=int((np.diff(self._first)==0).sum()))
         super().__init__(name, split, found.classes, found.category_ids, found.sizes, found.ids, found.files, report)
         self.source_ids, self.source_categories = found.source_ids, found.source_categories
@@ -433,25 +445,32 @@ class FolderDataset(DetectionDataset):
     def objects(self, i):
         r = self._rows(i)
         return dict(boxes=torch.from_numpy(self._boxes[r].copy()), labels=torch.from_numpy(self._label[r].copy()),
-                    crowd=torch.from_numpy(self._crowd[r].copy()), area=torch.from_numpy(self._area[r].astype(np.float32)))
+                    crowd=torch.from_numpy(self._crowd[r].copy()),
+                    area=torch.from_numpy(self._area[r].astype(np.float32)))
     def annotations(self, i):
         r, out = self._rows(i), []
-        for b,l,a,c,k in zip(*(x[r].tolist() for x in (self._bbox, self._label, self._area, self._crowd, self._rule))):
-            out.append(dict(bbox=b, category_id=self.category_ids[l], area=a, iscrowd=int(c and not (self.form=='coco' and self.rules[k]=='ignore')), ignore=int(c)))
+        for b,l,a,c,k in zip(*(x[r].tolist() for x in (self._bbox, self._label, self._area, self._crowd,
+            self._rule))):
+            out.append(dict(bbox=b, category_id=self.category_ids[l], area=a,
+                iscrowd=int(c and not (self.form=='coco' and self.rules[k]=='ignore')), ignore=int(c)))
             if self.form=='voc': out[-1]['difficult'] = int(c)
         return out
 
 # %% ../nbs/04_data.ipynb #r002
-FOLDER_SIZE = dict(size=480, max_size=800)                                    # px: what train takes for a folder, if nothing else is said
+# px: what train takes for a folder, if nothing else is said
+FOLDER_SIZE = dict(size=480, max_size=800)
 
 def object_arrays(ds): # boxes (T,4) xyxy px, labels (T,), crowd (T,), image (T,)
     "All objects of a data set as arrays."
     if hasattr(ds, '_first'):
-        n = ds._first[len(ds)]                                                 # a set that was cut has fewer images than it read
-        return ds._boxes[:n], ds._label[:n], ds._crowd[:n], np.repeat(np.arange(len(ds)), np.diff(ds._first[:len(ds)+1]))
+        # a set that was cut has fewer images than it read
+        n = ds._first[len(ds)]
+        return ds._boxes[:n], ds._label[:n], ds._crowd[:n], np.repeat(np.arange(len(ds)),
+            np.diff(ds._first[:len(ds)+1]))
     found = [ds.objects(i) for i in range(len(ds))]
     cat = lambda k, kind: np.concatenate([o[k].numpy().astype(kind) for o in found]) if found else np.zeros(0, kind)
-    return cat('boxes', np.float32).reshape(-1,4), cat('labels', np.int64), cat('crowd', bool), np.repeat(np.arange(len(ds)), [len(o['labels']) for o in found])
+    return cat('boxes', np.float32).reshape(-1,4), cat('labels', np.int64), cat('crowd',
+        bool), np.repeat(np.arange(len(ds)), [len(o['labels']) for o in found])
 
 def trained_sides(
     ds, boxes, image,   # as of `object_arrays`
@@ -477,7 +496,9 @@ def same_pictures(files)->list: # of lists of indices
     def pieces(f):
         n = Path(f).stat().st_size
         with open(f, 'rb') as h: return b''.join((h.seek(at), h.read(1024))[1] for at in (0, n//2, max(0, n-1024)))
-    try: return split(split(split([range(len(files))], lambda f: Path(f).stat().st_size), pieces), lambda f: hashlib.sha256(Path(f).read_bytes()).digest())
+    try:
+        return split(split(split([range(len(files))], lambda f: Path(f).stat().st_size), pieces),
+            lambda f: hashlib.sha256(Path(f).read_bytes()).digest())
     except OSError: return []                                                  # drawn, not stored
 
 # %% ../nbs/04_data.ipynb #r004
@@ -490,39 +511,53 @@ class Report:
     ignored:dict                                   # rule -> objects that it leaves out
     lines:list=field(default_factory=list)         # (heading, text)
     warnings:list=field(default_factory=list)
+    # names of the pictures of objects that are 2 px thin, if others are not
+    thin:list=field(default_factory=list)
     def __str__(self):
         head = f'{shown(self.name)} {shown(self.split)}: {count_of(self.counts["images"], "image")}, {count_of(self.counts["objects"], "object")} to learn from, {count_of(len(self.classes), "class")}'
-        return '\n'.join([head, *(f'  {k:<12}{v}' for k,v in self.lines), *(f'  warning: {w}' for w in self.warnings)])
+        return '\n'.join([head, *(f'  {k:<12}{v}' for k,v in self.lines),
+            *(f'  warning: {w}' for w in self.warnings)])
 
 def _range(v, unit='')->str:
     v = np.asarray(v, float)
+    if len(v) and v.min()==v.max(): return f'{v[0]:.3g}{unit}'
     return 'none' if not len(v) else f'{v.min():.3g} to {v.max():.3g}{unit}, median {np.median(v):.3g}'
 
 def _listed(pairs, most=12)->str:
     pairs = list(pairs)
-    return ', '.join(f'{shown(k, 40)} {v:,}' for k,v in pairs[:most]) + (f' and {len(pairs)-most} more' if len(pairs)>most else '')
+    return ', '.join(f'{shown(k, 40)} {v:,}' for k,v in pairs[:most]) + (f' and {len(pairs)-most} more'
+        if len(pairs)>most else '')
 
 # %% ../nbs/04_data.ipynb #r021
 def _count(ds, boxes, label, crowd, image, low, same)->Report:
     "The numbers of a report; `low` (T,) is the shorter side at the trained size of objects that are learned."
     per_image, any_ = np.bincount(image[~crowd], minlength=len(ds)), np.bincount(image, minlength=len(ds))
-    rules = Counter(ds.rules[k] for k in ds._rule[:len(crowd)][crowd]) if hasattr(ds, '_rule') else Counter(crowd=int(crowd.sum()))
+    rules = Counter(ds.rules[k] for k in ds._rule[:len(crowd)][crowd]) if hasattr(ds,
+        '_rule') else Counter(crowd=int(crowd.sum()))
     rows = np.concatenate([image[:,None], label[:,None], boxes], 1)
-    counts = dict({k:ds.report.get(k,0) for k in ('clipped','dropped_size','dropped_outside')}, images=len(ds), objects=int((~crowd).sum()), ignored=int(crowd.sum()),
-                  empty=int((any_==0).sum()), only_ignored=int(((per_image==0) & (any_>0)).sum()), most=int(per_image.max(initial=0)),
-                  under_1px=int((low<1).sum()), under_4px=int((low<4).sum()), same_picture=sum(len(g)-1 for g in same), same_box=len(rows)-len(np.unique(rows, axis=0)))
+    counts = dict({k:ds.report.get(k,0) for k in ('clipped','dropped_size','dropped_outside')}, images=len(ds),
+        objects=int((~crowd).sum()), ignored=int(crowd.sum()),
+                  empty=int((any_==0).sum()), only_ignored=int(((per_image==0) & (any_>0)).sum()),
+                  most=int(per_image.max(initial=0)),
+                  under_1px=int((low<1).sum()), under_4px=int((low<4).sum()), same_picture=sum(len(g)-1
+                  for g in same), same_box=len(rows)-len(np.unique(rows, axis=0)))
     number = np.bincount(label[~crowd], minlength=len(ds.classes)).tolist()
     r = Report(ds.name, ds.split, counts, dict(zip(ds.classes, number)), +rules)
     h, w = np.array(ds.sizes).T
-    r.lines += [('images', f'width {_range(w, " px")}; height {_range(h, " px")}'), ('classes', _listed(sorted(r.classes.items(), key=lambda x: -x[1]))),
-        ('per image', f'{_range(per_image)} objects; {count_of(counts["empty"], "image")} without objects' + (f', {counts["only_ignored"]:,} with ignored ones only' if counts['only_ignored'] else '')),
+    r.lines += [('images', f'width {_range(w, " px")}; height {_range(h, " px")}'),
+        ('classes', _listed(sorted(r.classes.items(), key=lambda x: -x[1]))),
+        ('per image', f'{_range(per_image)} objects; {count_of(counts["empty"], "image")} without objects'
+        + (f', {counts["only_ignored"]:,} with ignored ones only' if counts['only_ignored'] else '')),
         ('ignored', ', '.join(f'{v:,} {k}' for k,v in r.ignored.items()) + ' (never learned)' if r.ignored else '0'),
-        ('dropped', f'{counts["dropped_size"]:,} boxes without width or height, {counts["dropped_outside"]:,} outside their image; {counts["clipped"]:,} clipped to it')]
+        ('dropped', f'{counts["dropped_size"]:,} boxes without width or height, {counts["dropped_outside"]:,} '
+        f'outside their image; {counts["clipped"]:,} clipped to it')]
     return r
 
+# %% ../nbs/04_data.ipynb #r021a
 def report(
     ds,                # any data set
-    size=None, max_size=None, # px: short side and limit of the long side that will be trained; None leaves images as they are
+    # px: short side and limit of the long side that will be trained; None leaves images as they are
+    size=None, max_size=None,
     pictures:bool=True, # look for the same picture twice
 )->Report:
     "Count what a data set holds and say what is suspicious about it."
@@ -532,68 +567,132 @@ def report(
     r = _count(ds, boxes, label, crowd, image, low, same)
     trained = f'short side {size} px' if size else 'size as stored'
     if max_size: trained += f', long side at most {max_size} px'
-    r.lines.append(('trained', f'{trained}: shorter side of objects {_range(low, " px")}; {r.counts["under_1px"]:,} under 1 px (dropped), {r.counts["under_4px"]:,} under 4 px'))
-    r.warnings = [*_warn_boxes(ds, r), *_warn_images(ds, r, same)]
+    r.lines.append(('trained', f'{trained}: shorter side of objects {_range(low, " px")}; {r.counts["under_1px"]:,} '
+        f'under 1 px (dropped), {r.counts["under_4px"]:,} under 4 px'))
+    stored = (boxes[:,2:]-boxes[:,:2]).min(1)[~crowd] if len(boxes) else np.zeros(0)
+    if len(stored) and np.median(stored)>=8: r.thin = [Path(str(ds.files[i])).name for i in image[~crowd][stored<2]]
+    r.warnings = [*_warn_boxes(ds, r), *_warn_classes(ds, r), *_warn_images(ds, r, same)]
     return r
 
 # %% ../nbs/04_data.ipynb #r005
 def _warn_boxes(ds, r:Report)->list:
-    "What is suspicious about boxes and classes."
+    "What is suspicious about boxes."
     c, out, total = r.counts, [], max(1, r.counts['objects']+r.counts['ignored'])
     notes = getattr(ds, 'notes', {})
-    if r.ignored.get('iscrowd', 0)>=.5*total: out.append(f'{r.ignored["iscrowd"]:,} of {total:,} objects carry iscrowd: 1 and are not learned; exports of masks set it by mistake: data option use_ignored=true learns them')
-    elif c['ignored']>=.5*total: out.append(f'{c["ignored"]:,} of {total:,} objects are marked {" or ".join(r.ignored)} and are not learned; data option use_ignored=true learns them')
-    if r.ignored.get('ignore') and getattr(ds, 'form', '')=='coco': out.append(f'{r.ignored["ignore"]:,} objects carry ignore: they are not learned, but COCO\'s AP, which does not know that flag, counts them as objects')
+    if r.ignored.get('iscrowd', 0)>=.5*total:
+        out.append(f'{r.ignored["iscrowd"]:,} of {total:,} objects carry iscrowd: 1 and are not learned; exports of '
+            'masks set it by mistake: data option use_ignored=true learns them')
+    elif c['ignored']>=.5*total:
+        out.append(f'{c["ignored"]:,} of {total:,} objects are marked {" or ".join(r.ignored)} and are not learned; '
+            'data option use_ignored=true learns them')
+    if r.ignored.get('ignore') and getattr(ds, 'form', '')=='coco':
+        out.append(f'{r.ignored["ignore"]:,} objects carry ignore: they are not learned, but COCO\'s AP, which does '
+            'not know that flag, counts them as objects')
     if (f := getattr(ds, 'looks_like', '')):
-        help = dict(voc='export them again as Pascal VOC', coco=f'data option bbox={f} reads them so').get(ds.form, 'look at some (--out)')
+        help = dict(voc='export them again as Pascal VOC', coco=f'data option bbox={f} reads them so').get(ds.form,
+            'look at some (--out)')
         out.append(f'the boxes do not fit their images, but would if they were {f} ({_meaning[f]}); {help}')
-    if notes.get('zero'): out.append(f'{count_of(notes["zero"], "box")} with an xmin or ymin of 0: this set counts from 0, VOC from 1, so every box is taken one pixel off; data option one_based=false')
-    if c['dropped_size']+c['dropped_outside']: out.append(f'{count_of(c["dropped_size"]+c["dropped_outside"], "box")} dropped (no size, or outside the image); correct or remove them')
-    if c['under_1px']: out.append(f'{c["under_1px"]:,} of {c["objects"]:,} objects are thinner than 1 px at the trained size and are dropped; take a larger --size and --max_size, or cut the images into tiles')
-    elif c['under_4px']>=.1*max(1, c['objects']): out.append(f'{c["under_4px"]:,} of {c["objects"]:,} objects are thinner than 4 px at the trained size, which is hard to learn; take a larger --size and --max_size, or tiles')
-    if c['same_box']: out.append(f'{count_of(c["same_box"], "object")} given twice (same image, class and box); remove the copies')
-    if c['most']>100: out.append(f'up to {c["most"]} objects in an image: COCO\'s AP counts the best 100 detections (evaluate --max_dets 1 10 {-(-c["most"]//100)*100} counts more)')
+    if notes.get('zero'):
+        out.append(f'{count_of(notes["zero"], "box")} with an xmin or ymin of 0: this set counts from 0, VOC from 1, '
+            'so every box is taken one pixel off; data option one_based=false')
+    if c['dropped_size']+c['dropped_outside']:
+        out.append(f'{count_of(c["dropped_size"]+c["dropped_outside"], "box")} dropped (no size, or outside the '
+            'image); correct or remove them')
+    if c['under_1px']:
+        out.append(f'{c["under_1px"]:,} of {c["objects"]:,} objects are thinner than 1 px at the trained size and '
+            'are dropped; take a larger --size and --max_size, or cut the images into tiles')
+    elif c['under_4px']>=.1*max(1, c['objects']):
+        out.append(f'{c["under_4px"]:,} of {c["objects"]:,} objects are thinner than 4 px at the trained size, which '
+            'is hard to learn; take a larger --size and --max_size, or tiles')
+    if r.thin:
+        out.append(f'{count_of(len(r.thin), "object")} thinner than 2 px as annotated, as in {shown(r.thin[0], 80)}: '
+            'most likely slips of the mouse; correct or remove them')
+    if c['same_box']:
+        out.append(f'{count_of(c["same_box"], "object")} given twice (same image, class and box); remove the copies')
+    if c['most']>100:
+        out.append(f'up to {c["most"]} objects in an image: COCO\'s AP counts the best 100 detections (evaluate '
+            f'--max_dets 1 10 {-(-c["most"]//100)*100} counts more)')
+    return out
+
+# %% ../nbs/04_data.ipynb #r005a
+def _warn_classes(ds, r:Report)->list:
+    "What is suspicious about classes, and how their objects were given."
+    c, notes, out = r.counts, getattr(ds, 'notes', {}), []
     bare = [k for k,v in r.classes.items() if not v]
-    if bare and c['objects']: out.append(f'{"a class" if len(bare)==1 else "classes"} without an object to learn from: {shown(", ".join(bare), 120)}')
-    near = Counter(' '.join(k.lower().split()) for k in r.classes); twins = [k for k in r.classes if near[' '.join(k.lower().split())]>1]
-    if twins: out.append(f'classes that differ in capitals or spaces only: {shown(", ".join(map(repr, twins)), 120)}; give them one name')
-    if notes.get('two ids'): out.append('two category ids of one name are both in use; they are one class here, but two for pycocotools: give them one id')
-    if notes.get('polygon'): out.append(f'{count_of(notes["polygon"], "object")} given by polygons or turned boxes; the upright box around each is taken')
+    if bare and c['objects']:
+        out.append(f'{"a class" if len(bare)==1 else "classes"} without an object to learn from: '
+            f'{shown(", ".join(bare), 120)}')
+    near = Counter(' '.join(k.lower().split()) for k in r.classes)
+    twins = [k for k in r.classes if near[' '.join(k.lower().split())]>1]
+    if twins:
+        out.append(f'classes that differ in capitals or spaces only: {shown(", ".join(map(repr, twins)), 120)}; give '
+            'them one name')
+    if notes.get('two ids'):
+        out.append('two category ids of one name are both in use; they are one class here, but two for pycocotools: '
+            'give them one id')
+    if notes.get('polygon'):
+        out.append(f'{count_of(notes["polygon"], "object")} given by polygons or turned boxes; the upright box '
+            'around each is taken')
     return out
 
 # %% ../nbs/04_data.ipynb #r022
-_meaning = dict(xywh='left, top, width, height', xyxy='two corners', cxcywh='middle, width, height', xywhn='shares of the image: left, top, width, height',
+_meaning = dict(xywh='left, top, width, height', xyxy='two corners', cxcywh='middle, width, height',
+    xywhn='shares of the image: left, top, width, height',
                 xyxyn='shares of the image: two corners', cxcywhn='shares of the image: middle, width, height')
 
 def _warn_images(ds, r:Report, same)->list:
     "What is suspicious about images."
     c, notes, out = r.counts, getattr(ds, 'notes', {}), []
-    if same: out.append(f'{count_of(c["same_picture"], "picture")} twice in this split, as {shown(Path(ds.files[same[0][0]]).name, 80)} and {shown(Path(ds.files[same[0][1]]).name, 80)}; remove the copies')
-    if c['empty']>.5*c['images']: out.append(f'{c["empty"]:,} of {c["images"]:,} images have no object and are learned as background; take out those that were never annotated')
-    if notes.get('no label file'): out.append(f'{count_of(notes["no label file"], "picture")} without a label file, learned as background; bring labels/*.txt if they have objects')
-    if notes.get('by name'): out.append(f'{count_of(notes["by name"], "picture")} not where the annotations say, and taken by base name; look whether they are the right ones (--out)')
-    if notes.get('as stored'): out.append(f'{count_of(notes["as stored"], "picture")} with an EXIF rotation that the annotations do not follow: kept as stored, in every command')
-    if notes.get('mixed'): out.append(f'{count_of(notes["mixed"], "picture")} with an EXIF rotation, where size does not tell whether the annotations follow it and the others disagree: turned; look at them (--out)')
-    if notes.get('several'): out.append(f'{count_of(notes["several"], "file")} with several pages or frames: the first is taken')
-    if notes.get('dark'): out.append('pictures of 16 bits that hold far smaller values are nearly black: 12 bits stored as 16? Scale them to 0 ... 65,535')
+    if same:
+        out.append(f'{count_of(c["same_picture"], "picture")} twice in this split, as '
+            f'{shown(Path(ds.files[same[0][0]]).name, 80)} and {shown(Path(ds.files[same[0][1]]).name, 80)}; '
+            'remove the copies')
+    if c['empty']>.5*c['images']:
+        out.append(f'{c["empty"]:,} of {c["images"]:,} images have no object and are learned as background; take out '
+            'those that were never annotated')
+    if notes.get('no label file'):
+        out.append(f'{count_of(notes["no label file"], "picture")} without a label file, learned as background; '
+            'bring labels/*.txt if they have objects')
+    if notes.get('by name'):
+        out.append(f'{count_of(notes["by name"], "picture")} not where the annotations say, and taken by base name; '
+            'look whether they are the right ones (--out)')
+    if notes.get('as stored'):
+        out.append(f'{count_of(notes["as stored"], "picture")} with an EXIF rotation that the annotations do not '
+            'follow: kept as stored, in every command')
+    if notes.get('mixed'):
+        out.append(f'{count_of(notes["mixed"], "picture")} with an EXIF rotation, where size does not tell whether '
+            'the annotations follow it and the others disagree: turned; look at them (--out)')
+    if notes.get('several'):
+        out.append(f'{count_of(notes["several"], "file")} with several pages or frames: the first is taken')
+    if notes.get('dark'):
+        out.append('pictures of 16 bits that hold far smaller values are nearly black: 12 bits stored as 16? Scale '
+            'them to 0 ... 65,535')
     return out
 
 # %% ../nbs/04_data.ipynb #r006
 def need_objects(ds, size=None, max_size=None):
     "An InputError if there is nothing to learn: it names the cause. `size` and `max_size` (px) are those of training."
-    c = ds.report; where = f'{shown(ds.name)}: the {shown(ds.split)} split has {count_of(len(ds), "image")} and no object to learn from'
+    c = ds.report
+    where = f'{shown(ds.name)}: the {shown(ds.split)} split has {count_of(len(ds), "image")} and no object to learn from'
     if c.get('objects',1)<=c.get('crowd',0):
-        causes = [f'{c["crowd"]:,} are marked {" or ".join(r for r in ds.rules if r)}' if c['crowd'] else '', f'{c["dropped_size"]:,} have no width or height' if c.get('dropped_size') else '',
+        causes = [f'{c["crowd"]:,} are marked {" or ".join(r for r in ds.rules if r)}' if c['crowd'] else '',
+            f'{c["dropped_size"]:,} have no width or height' if c.get('dropped_size') else '',
                   f'{c["dropped_outside"]:,} lie outside their image' if c.get('dropped_outside') else '']
         why = ', '.join(filter(None, causes))
-        if not why: raise InputError(f'{where}; annotate some' + (', or bring the label files (labels/*.txt)' if ds.notes.get('no label file') else ''))
+        if not why:
+            raise InputError(f'{where}; annotate some' + (', or bring the label files (labels/*.txt)'
+                if ds.notes.get('no label file') else ''))
         f = ds.looks_like
         help = 'data option use_ignored=true learns them all the same' if c['crowd'] else f'read as {f} ({_meaning[f]}) they fit' + (f': data option bbox={f}' if ds.form=='coco' else '') if f else 'correct the boxes'
-        raise InputError(f'{where}: of {count_of(c["crowd"]+c.get("dropped_size",0)+c.get("dropped_outside",0), "object")} {why}; {help}')
+        raise InputError(f'{where}: of '
+            f'{count_of(c["crowd"]+c.get("dropped_size",0)+c.get("dropped_outside",0), "object")} ' f'{why}; {help}')
     if (size or max_size) and hasattr(ds, '_first'):
-        boxes, _, crowd, image = object_arrays(ds); low = trained_sides(ds, boxes, image, size, max_size)[~crowd].min(1)
+        boxes, _, crowd, image = object_arrays(ds)
+        low = trained_sides(ds, boxes, image, size, max_size)[~crowd].min(1)
         if not (low>=1).any():
-            raise InputError(f'{where}: all {count_of(len(low), "object")} are thinner than 1 px once images are resized to {size or "their own"} px (at most {max_size or "any"}); take a larger --size and --max_size, or cut the images into tiles')
+            raise InputError(f'{where}: all {count_of(len(low), "object")} are thinner than 1 px once images are '
+                f'resized to {size or "their own"} px (at most {max_size or "any"}); take a larger '
+                '--size and --max_size, or cut the images into tiles')
 
 # %% ../nbs/04_data.ipynb #c074
 def _check_options(options, known, whose):
@@ -617,13 +716,15 @@ def load_folder(
     root:Path,        # the data set
     split='train',    # which part
     format:str=None,  # coco, voc, crowdhuman or yolo; default what is recognised
-    classes=None,     # names in the order of the labels; default the source's own. Give a validation set those of the training set
+    # names in the order of the labels; default the source's own. Give a validation set those of the training set
+    classes=None,
     verify:bool=True, # look at every image file
     val_share:float=None, # make splits train and val of one part: the share of its images that fall into val
     **options,        # coco: bbox, use_ignored; voc: one_based, use_ignored; crowdhuman: box, use_ignored
 )->FolderDataset:
     "Read a folder."
-    check_kinds(dict(options, verify=verify, **{k:v for k,v in dict(classes=classes, val_share=val_share).items() if v is not None}))
+    check_kinds(dict(options, verify=verify, **{k:v for k,v in dict(classes=classes, val_share=val_share).items()
+        if v is not None}))
     forms = recognise(root)
     if format is not None and format not in forms:
         raise InputError(f'format: {said(format)} is not what {shown(root)} holds; take {" or ".join(forms)}')
@@ -631,16 +732,19 @@ def load_folder(
     splits, reader = FORMS[form]
     _check_options(options, [*OPTIONS[form],'format','classes','verify','val_share'], form)
     there = splits(root)
-    whole = pick_split(root, 'train', there) if val_share and len(there)>1 else next(iter(there)) if val_share else None
+    whole = pick_split(root, 'train',
+        there) if val_share and len(there)>1 else next(iter(there)) if val_share else None
     key = pick_split(root, split, ('train','val') if val_share else there)
     found = reader(root, there[whole or key], split, classes, **options)
     if val_share: take_share(found, val_share, key=='val')
-    if not found.files: raise InputError(f'{shown(root)}: split {said(split)} has no image; add images or take another split')
+    if not found.files:
+        raise InputError(f'{shown(root)}: split {said(split)} has no image; add images or take another split')
     check_images(found, verify, f'{shown(root)} {shown(split)}')
     ds = FolderDataset(root.resolve().name, split, found)
     if 'train' in (split, key): need_objects(ds)
     return ds
 
+# %% ../nbs/04_data.ipynb #c075a
 @_given_once
 def load_dataset(
     source,        # 'shapes' or a folder
@@ -938,7 +1042,8 @@ def font_for(text:str)->str:
     import matplotlib
     from matplotlib import font_manager
     from matplotlib.ft2font import FT2Font
-    first = str(Path(matplotlib.get_data_path())/'fonts'/'ttf'/'DejaVuSans.ttf'); need = {ord(c) for c in text if c.isprintable() and not c.isspace()}
+    first = str(Path(matplotlib.get_data_path())/'fonts'/'ttf'/'DejaVuSans.ttf')
+    need = {ord(c) for c in text if c.isprintable() and not c.isspace()}
     for f in [first, *sorted(font_manager.findSystemFonts())]:
         try:
             if need<=FT2Font(f).get_charmap().keys(): return f
@@ -949,34 +1054,44 @@ def _font(texts):
     "Properties of a font for these texts, and the texts: escaped if no font has them."
     from matplotlib.font_manager import FontProperties
     texts = [shown(t, 24) for t in texts]; file = font_for(''.join(sorted(set(''.join(texts)))))
-    return FontProperties(fname=file or font_for('a')), texts if file else [t.encode('ascii', 'backslashreplace').decode() for t in texts]
+    return FontProperties(fname=file or font_for('a')), texts if file else [t.encode('ascii',
+        'backslashreplace').decode() for t in texts]
 
 # %% ../nbs/04_data.ipynb #r016
 def _draw_sample(ax, ds, i, font, names):
     "One image with its boxes; what is ignored is dashed."
     image, o = ds.image(i), ds.objects(i)
-    ax.imshow(image.permute(1,2,0).numpy()); ax.axis('off'); ax.set_title(shown(Path(str(ds.files[i])).name, 28).encode('ascii', 'backslashreplace').decode().replace('$', '\\$'), fontsize=8)
+    ax.imshow(image.permute(1,2,0).numpy()); ax.axis('off')
+    ax.set_title(shown(Path(str(ds.files[i])).name, 28).encode('ascii', 'backslashreplace').decode().replace('$',
+        '\\$'), fontsize=8)
     from matplotlib.patches import Rectangle
     for (x1,y1,x2,y2),l,c in zip(o['boxes'].tolist(), o['labels'].tolist(), o['crowd'].tolist()):
         ax.add_patch(Rectangle((x1,y1), x2-x1, y2-y1, fill=False, ec=f'C{l%10}', lw=1.4, ls=':' if c else '-'))
-        if len(o['labels'])<=12: ax.text(x1, y1, names[l].replace('$', '\\$'), fontproperties=font, fontsize=7, color='white', bbox=dict(fc=f'C{l%10}', ec='none', pad=.8))
+        if len(o['labels'])<=12:
+            ax.text(x1, y1, names[l].replace('$', '\\$'), fontproperties=font, fontsize=7, color='white',
+                bbox=dict(fc=f'C{l%10}', ec='none', pad=.8))
 
 def report_figure(ds, r:Report, size=None, max_size=None, samples:int=8):
     "Samples with boxes; histograms of sizes, classes and aspect ratios."
     from matplotlib.figure import Figure
     boxes, label, crowd, image = object_arrays(ds); side = trained_sides(ds, boxes, image, size, max_size)[~crowd]
-    fig = Figure(figsize=(12,9), layout='constrained'); top, low = fig.subfigures(2, 1, height_ratios=(2,1)); font, names = _font(list(r.classes))
+    fig = Figure(figsize=(12,9), layout='constrained'); top, low = fig.subfigures(2, 1, height_ratios=(2,1))
+    font, names = _font(list(r.classes))
     order = Bits(0, len(ds)).permutation(len(ds)); full = np.bincount(image, minlength=len(ds))>0
     chosen = sorted(order[np.argsort(~full[order], kind='stable')][:samples])
-    for ax in top.subplots(2, -(-samples//2)).flat:
+    rows = 1 if len(chosen)<=4 else 2
+    for ax in top.subplots(rows, -(-len(chosen)//rows), squeeze=False).flat:
         if chosen: _draw_sample(ax, ds, int(chosen.pop(0)), font, names)
         else: ax.axis('off')
     a, b, c = low.subplots(1, 3)
     log = lambda v: np.geomspace(max(v.min(), 1e-2), max(v.max(), v.min()*1.01+1e-2), 30) if len(v) else 10
-    v = np.sqrt(np.maximum(side.prod(1), 1e-4)); a.hist(v, log(v)); a.set(xscale='log', xlabel='√(width · height) at the trained size, px', ylabel='objects')
-    v = side[:,0]/np.maximum(side[:,1], 1e-4); c.hist(v, log(v)); c.set(xscale='log', xlabel='width : height', ylabel='objects')
+    v = np.sqrt(np.maximum(side.prod(1), 1e-4)); a.hist(v, log(v))
+    a.set(xscale='log', xlabel='√(width · height) at the trained size, px', ylabel='objects')
+    v = side[:,0]/np.maximum(side[:,1], 1e-4); c.hist(v, log(v))
+    c.set(xscale='log', xlabel='width : height', ylabel='objects')
     most = sorted(zip(r.classes.values(), names), reverse=True)[:15][::-1]; y = np.arange(len(most))
-    b.barh(y, [n for n,_ in most]); b.set(xlabel='objects to learn from'); b.set_yticks(y, [n.replace('$', '\\$') for _,n in most], fontproperties=font, fontsize=8)
+    b.barh(y, [n for n,_ in most]); b.set(xlabel='objects to learn from')
+    b.set_yticks(y, [n.replace('$', '\\$') for _,n in most], fontproperties=font, fontsize=8)
     return fig
 
 # %% ../nbs/04_data.ipynb #r017
@@ -986,8 +1101,10 @@ def report_html(parts)->str: # parts: [(Report, figure)]
     for r,fig in parts:
         fig.savefig(f := io.BytesIO(), format='png', dpi=90)
         head, *rest = str(r).splitlines(); warn = [l for l in rest if l.startswith('  warning:')]
-        body.append(f'<h2>{html.escape(head)}</h2>' + ''.join(f'<p class="warn">{html.escape(l.strip())}</p>' for l in warn) + '<pre>'
-            + html.escape('\n'.join(l for l in rest if l not in warn)) + f'</pre><img src="data:image/png;base64,{base64.b64encode(f.getvalue()).decode()}">')
+        body.append(f'<h2>{html.escape(head)}</h2>' + ''.join(f'<p class="warn">{html.escape(l.strip())}</p>'
+            for l in warn) + '<pre>'
+            + html.escape('\n'.join(l for l in rest if l not in warn))
+            + f'</pre><img src="data:image/png;base64,{base64.b64encode(f.getvalue()).decode()}">')
     style = 'body{font-family:sans-serif;max-width:1150px;margin:auto}img{max-width:100%}.warn{background:#fff0c0;padding:.5em}'
     return f'<!DOCTYPE html><meta charset="utf-8"><title>{html.escape(parts[0][0].name)}</title><style>{style}</style>' + '\n'.join(body) + '\n'
 
@@ -1005,14 +1122,19 @@ data options: format=coco|voc|crowdhuman|yolo, classes=["a","b"], verify=false, 
 def make_parser():
     "The command line of `python -m ala_nb.data`."
     import argparse
-    p = Parser(prog='python -m ala_nb.data', description='What a data set holds and what is suspicious about it; nothing is trained.', epilog=_layouts,
+    p = Parser(prog='python -m ala_nb.data',
+        description='What a data set holds and what is suspicious about it; nothing is trained.', epilog=_layouts,
                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument('data', metavar='DIR', help="folder of a data set, or 'shapes'")
     p.add_argument('--split', nargs='+', metavar='NAME', help='which parts [all that there are]')
-    p.add_argument('--size', type=int, metavar='PX', help=f'short side that will be trained, 0: as stored [{FOLDER_SIZE["size"]} for a folder]')
-    p.add_argument('--max_size', type=int, metavar='PX', help=f'limit of the long side, 0: none [{FOLDER_SIZE["max_size"]} for a folder]')
-    p.add_argument('--data_options', nargs='*', type=parse_pair, default=[], metavar='KEY=VALUE', help='options of the data set, see below')
-    p.add_argument('--out', metavar='FILE', help='draw it too: FILE.html, or FILE.png (a file a split, if there are several)')
+    p.add_argument('--size', type=int, metavar='PX',
+        help=f'short side that will be trained, 0: as stored [{FOLDER_SIZE["size"]} for a folder]')
+    p.add_argument('--max_size', type=int, metavar='PX',
+        help=f'limit of the long side, 0: none [{FOLDER_SIZE["max_size"]} for a folder]')
+    p.add_argument('--data_options', nargs='*', type=parse_pair, default=[], metavar='KEY=VALUE',
+        help='options of the data set, see below')
+    p.add_argument('--out', metavar='FILE',
+        help='draw it too: FILE.html, or FILE.png (a file a split, if there are several)')
     return p
 
 # %% ../nbs/04_data.ipynb #r018
@@ -1021,7 +1143,8 @@ def all_splits(data, options)->list:
     if data=='shapes': return list(_shapes_splits)
     if options.get('val_share'): return ['train','val']
     forms = recognise(Path(data)); form = options.get('format', forms[0])
-    if form not in forms: raise InputError(f'format: {said(form)} is not what {shown(data)} holds; take {" or ".join(forms)}')
+    if form not in forms:
+        raise InputError(f'format: {said(form)} is not what {shown(data)} holds; take {" or ".join(forms)}')
     rank = lambda k: next((n for n,w in enumerate(('train','val','test')) if k.startswith(w)), 3)
     return sorted(FORMS[form][0](Path(data)), key=lambda k: (rank(k), k))
 
@@ -1032,32 +1155,40 @@ def shared_pictures(sets)->list: # of texts
         for a in {where[i][0] for i in g}:
             for b in {where[i][0] for i in g}:
                 if a<b: found.setdefault((a,b), []).append(where[g[0]][1])
-    return [f'{count_of(len(f), "picture")} both in {shown(a)} and in {shown(b)}, as {shown(Path(f[0]).name, 80)}: an AP measured on them says nothing about new pictures' for (a,b),f in found.items()]
+    return [f'{count_of(len(f), "picture")} both in {shown(a)} and in {shown(b)}, as {shown(Path(f[0]).name, 80)}: '
+        'an AP measured on them says nothing about new pictures' for (a,b),f in found.items()]
 
 # %% ../nbs/04_data.ipynb #r019
 def opening(sets, size=None, max_size=None)->str:
     "What train says of folders before it begins (lines with their ends): the reports of its splits (or None), and what lies in both. Nothing of drawn sets."
     folders = [d for d in sets if hasattr(d, '_first')]
-    return ''.join(f'{l}\n' for l in [*(str(report(d, size or None, max_size or None)) for d in folders), *(f'warning: {w}' for w in shared_pictures(folders))])
+    return ''.join(f'{l}\n' for l in [*(str(report(d, size or None, max_size or None)) for d in folders),
+        *(f'warning: {w}' for w in shared_pictures(folders))])
 
 def report_all(data, split=None, size=None, max_size=None, data_options=(), out=None):
     "What the command does: print the report of every split, draw them, and collect what cannot be read."
-    if out and Path(out).suffix.lower() not in ('.html','.png'): raise InputError(f'--out {shown(out)}: give it the ending .html or .png')
+    if out and Path(out).suffix.lower() not in ('.html','.png'):
+        raise InputError(f'--out {shown(out)}: give it the ending .html or .png')
     default = {} if data=='shapes' else FOLDER_SIZE; options, parts, sets, faults = dict(data_options), [], [], []
     size, max_size = (default.get(k) if v is None else v or None for k,v in (('size',size), ('max_size',max_size)))
     eval_transforms(size, max_size)                                            # refused now
     for s in split or all_splits(data, options):
         try:
-            ds = load_dataset(data, s, **dict(options, **(dict(classes=sets[0].classes) if sets and data!='shapes' and 'classes' not in options else {})))
-            r = report(ds, size, max_size); print(r, flush=True); sets.append(ds); parts.append((r, report_figure(ds, r, size, max_size) if out else None))
+            ds = load_dataset(data, s, **dict(options, **(dict(classes=sets[0].classes) if sets and data!='shapes'
+                and 'classes' not in options else {})))
+            r = report(ds, size, max_size); print(r, flush=True); sets.append(ds)
+            parts.append((r, report_figure(ds, r, size, max_size) if out else None))
         except InputError as e: faults.append(e); print(f'{shown(data)} {shown(s)}: {error_text(e)}', flush=True)
     for w in shared_pictures(sets): print(f'warning: {w}')
     if out and parts:
         with naming(out):
             if Path(out).suffix.lower()=='.html': Path(out).write_text(report_html(parts), encoding='utf-8')
             else:
-                for r,fig in parts: fig.savefig(out if len(parts)==1 else Path(out).with_stem(f'{Path(out).stem}_{r.split}'), dpi=100)
-    if faults: raise InputError(f'{shown(data)}: {count_of(len(faults), "split")} of {len(faults)+len(sets)} cannot be read, see above')
+                for r,fig in parts:
+                    fig.savefig(out if len(parts)==1 else Path(out).with_stem(f'{Path(out).stem}_{r.split}'), dpi=100)
+    if faults:
+        raise InputError(f'{shown(data)}: {count_of(len(faults), "split")} of {len(faults)+len(sets)} cannot be '
+            'read, see above')
 
 def main(
     argv=None, # list of arguments; None: of the command line

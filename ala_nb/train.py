@@ -34,7 +34,7 @@ def knob(
 class Config:
     "Every knob of a training run. The defaults are the recipe for `shapes`; `FOLDER` has what differs for a folder of images."
     #: Data
-    data:str            = knob('shapes', "'shapes' (made on the spot) or a folder in COCO, VOC or CrowdHuman form", live=True)
+    data:str            = knob('shapes', "'shapes' (made on the spot) or a folder, see python -m ala_nb.data --help", live=True)
     train_split:str     = knob('train', 'name of the split to train on')
     val_split:str       = knob('val', 'name of the split to evaluate on')
     data_options:dict   = knob(dict, 'more options for the data set, key=value')
