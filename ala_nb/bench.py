@@ -11,7 +11,7 @@ __all__ = ['PRECISIONS', 'KIN', 'CASE', 'KEY', 'FIELDS', 'WHATS', 'clock_of', 'a
 
 # %% ../nbs/19_bench.ipynb #c002
 import argparse, contextlib, csv, dataclasses, functools, importlib, importlib.util
-import math, os, platform, re, statistics, sys, time, types
+import math, os, platform, re, statistics, sys, time, tracemalloc, types
 from importlib import metadata
 from pathlib import Path
 import torch
@@ -40,7 +40,8 @@ def alternate(
 )->dict: # name -> seconds of each round
     "Time functions in turn."
     def spent(run): start = clock(); run(); return clock()-start
-    last, times, begin = {name: spent(run) for name,run in runs.items()}, {name: [] for name in runs}, time.perf_counter()
+    times, begin = {name: [] for name in runs}, time.perf_counter()
+    last = {name: spent(run) for name,run in runs.items()}
     for i in range(rounds):
         if i >= 3 and time.perf_counter()-begin > budget: break
         for name,run in runs.items():
@@ -206,17 +207,18 @@ def peers_of(method:str, kinds=('dense','torchvision','mmdet'))->list:
 
 # %% ../nbs/19_bench.ipynb #c023
 def peak_memory(run, device='cpu')->float: # MB (10^6 bytes)
-    "How much memory the tensors of one call need."
+    "How much memory the tensors and arrays of one call need."
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize(device); before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device); run()
         return (torch.cuda.max_memory_allocated(device)-before)/1e6
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')                # else the profiler talks on stderr
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: out = run()
-    del out
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        tracemalloc.start(); run()
+        arrays = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
     now, peak, events = 0, 0, [e for e in p.profiler.kineto_results.events() if e.name() == '[memory]']
     for e in sorted(events, key=lambda e: e.start_ns()): now += e.nbytes(); peak = max(peak, now)
-    return peak/1e6
+    return (peak+arrays)/1e6
 
 # %% ../nbs/19_bench.ipynb #c026
 def check_memory(name:str, batch:Batch, limit:float): # limit in GB

@@ -81,14 +81,15 @@ def main():
     p.add_argument('--threads', type=int, default=1,
                    help='of the CPU, for one run; start the command twice, with other seeds, to use two cores')
     p.add_argument('--only', nargs='*', help='these methods only')
-    p.add_argument('extra', nargs='*', help='more options of ala_nb.train, after --')
-    a = p.parse_args()
+    p.epilog = 'What follows -- goes to ala_nb.train: python scripts/sweep.py methods -- --epochs 1'
+    given = sys.argv[1:]; cut = given.index('--') if '--' in given else len(given)
+    a, extra = p.parse_args(given[:cut]), given[cut+1:]
     real = a.table.startswith('bccd')
     if real and not a.data: p.error(f'{a.table}: --data DIR is needed')
     results = Path(a.results)/FILES[a.table]
     results.parent.mkdir(parents=True, exist_ok=True)
     base = ['--data', a.data, '--val_split', a.split, *BCCD] if real else [] if a.table == 'methods' else SHORT
-    base = base + (BF16 if a.table == 'bccd16' else []) + a.extra
+    base = base + (BF16 if a.table == 'bccd16' else []) + extra
     for seed in a.seeds:
         for method, options in TABLES[a.table]:
             if (a.only and method not in a.only) or (method, options, str(seed)) in done(results): continue
