@@ -125,6 +125,7 @@ def in_threads(jobs:list)->list:
     if threads < 2: return [run(j) for j in jobs]
     with ThreadPoolExecutor(threads) as pool: return [*pool.map(run, jobs)]
 
+# %% ../nbs/30_kernels.ipynb #c017
 @torch.no_grad()
 def dense_pass(
     preds:Predictions,
@@ -148,7 +149,7 @@ def dense_pass(
     grads = [g if first else g.transpose(1,2).contiguous() for g,first in zip(grads, preds.class_first)]
     return total, grads, by_obj if joint else None
 
-# %% ../nbs/30_kernels.ipynb #c020
+# %% ../nbs/30_kernels.ipynb #c021
 class _Read(torch.autograd.Function):
     "Logits at the pairs, and a token through which the dense term's gradient comes back."
     @staticmethod

@@ -5,19 +5,18 @@
 # %% ../nbs/01_pairs.ipynb #c002
 from __future__ import annotations
 import copy, functools
-from types import SimpleNamespace
 from typing import Sequence
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from .geometry import InputError, grid_points
+from .geometry import InputError
+from .predictions import Predictions
 
 # %% auto #0
-__all__ = ['FAR', 'CHUNK', 'KEEP', 'Objects', 'check_shapes', 'check_finite', 'Pairs', 'extreme', 'log_gaussian', 'Predictions',
-           'levels_from_points', 'read_grid', 'full', 'planes', 'from_maps', 'starts', 'columns_between', 'level_table',
-           'rectangle_pairs', 'inside_pairs', 'center_pairs', 'nearest_on_axis', 'nearest_cells', 'nearest_pairs',
-           'chunk_size']
+__all__ = ['FAR', 'CHUNK', 'KEEP', 'Objects', 'check_shapes', 'check_finite', 'Pairs', 'extreme', 'log_gaussian',
+           'columns_between', 'rectangle_pairs', 'inside_pairs', 'center_pairs', 'nearest_on_axis', 'nearest_cells',
+           'nearest_pairs', 'chunk_size']
 
 # %% ../nbs/01_pairs.ipynb #c009
 class Objects:
@@ -232,128 +231,6 @@ def gaussian(self:Pairs,
     return log_gaussian(self.offsets, mu, sigma).clamp(min=FAR).exp()
 
 # %% ../nbs/01_pairs.ipynb #c029
-class Predictions:
-    "What a dense head says about a batch: B images, P locations over all levels, K classes."
-    def __init__(self,
-        cls_logits:Tensor, # (B, P, K)
-        distances:Tensor,  # (B, P, 4) left, top, right, bottom to the predicted sides, px, >= 0
-        points:Tensor,     # (P, 2) px, x then y
-        strides:Tensor,    # (P,) px, the stride of each location's level
-        obj_logits:Tensor=None,  # (B, P) third branch: objectness, center-ness or IoU
-        level_sizes:Sequence=None, # [(H, W), ...] finest first, row-major; found from points if not given
-        property_logits:Tensor=None, # (B, 2, Hp, Wp) ALA's property branch: 0 foreground, 1 background
-        pooled:Tensor=None, # (B, L, C) globally pooled features, one row a level
-    ):
-        levels = read_grid(cls_logits, distances, points, strides, obj_logits, level_sizes)
-        self._set([cls_logits.contiguous()], [False], levels, (points, strides), property_logits, pooled)
-        self._cls, self._distances, self.obj_logits = cls_logits, distances, obj_logits
-
-    def _set(self, blocks, class_first, levels, grid, property_logits, pooled):
-        self.cls_blocks, self.class_first = blocks, class_first
-        self.level_sizes, self.level_strides, self.offset = levels
-        self.points, self.strides = grid
-        self.property_logits, self.pooled = property_logits, pooled
-        self.n_images, self.n_locations = blocks[0].shape[0], len(self.points)
-        self.n_classes = blocks[0].shape[1 if class_first[0] else 2]
-
-    @classmethod
-    def from_maps(cls, *args, **kwargs)->Predictions: return from_maps(cls.__new__(cls), *args, **kwargs)
-
-    device = property(lambda self: self.cls_blocks[0].device)
-    dtype = property(lambda self: self.cls_blocks[0].dtype, doc="dtype of the class logits")
-
-    def __repr__(self):
-        return f'Predictions({self.n_images} images, {self.n_locations} locations, {self.n_classes} classes)'
-
-# %% ../nbs/01_pairs.ipynb #c031
-def levels_from_points(
-    points:Tensor,  # (P, 2) px
-    strides:Tensor, # (P,) px
-): # [(H, W), ...] and [stride, ...] of the levels
-    "Level sizes and strides of a flat, row-major, finest-first grid."
-    steps, counts = strides.unique_consecutive(return_counts=True)
-    columns = [int((p[:,1] == p[0,1]).sum()) for p in points.split(counts.tolist())]
-    return [(n//w, w) for n,w in zip(counts.tolist(), columns)], steps.tolist()
-
-def read_grid(cls_logits, distances, points, strides, obj_logits, level_sizes):
-    "Level sizes, level strides and offset of flat predictions; `InputError` where shapes or points do not fit."
-    b,p,k = cls_logits.shape
-    for name,x,shape in (('distances',distances,(b,p,4)), ('points',points,(p,2)), ('strides',strides,(p,)),
-                         ('obj_logits',obj_logits,(b,p))):
-        if x is not None and tuple(x.shape) != shape:
-            raise InputError(f"{name}: shape {tuple(x.shape)}, but cls_logits {(b,p,k)} asks for {shape}")
-    sizes, steps = levels_from_points(points, strides) if p else ([], [])
-    if level_sizes is not None: sizes = [tuple(s) for s in level_sizes]
-    offset = (points[0,0]/strides[0]).item() if p else .5
-    grid = grid_points(sizes, steps, offset, points.device, points.dtype)[0] if p else points
-    if grid.shape != points.shape or not torch.allclose(grid, points, atol=1e-3): raise InputError(
-        "points: not a row-major grid a level, finest first; give level_sizes, or points from geometry.grid_points")
-    return sizes, steps, offset
-
-# %% ../nbs/01_pairs.ipynb #c033
-def full(x):
-    "float32 for half and bfloat16; float32, float64 and None as they are."
-    return x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
-
-def planes(maps:Sequence[Tensor])->Tensor:
-    "(B, C, H, W) maps of few channels -> (B, C, P)."
-    return torch.cat([m.flatten(2) for m in maps], 2)
-
-def from_maps(
-    preds:Predictions,              # an empty one
-    cls_maps:Sequence[Tensor],      # [(B, K, H, W), ...] class logits, finest level first
-    distance_maps:Sequence[Tensor], # [(B, 4, H, W), ...] px, >= 0
-    obj_maps:Sequence[Tensor]=None, # [(B, 1, H, W), ...] third branch
-    strides:Sequence[float]=(8,16,32,64,128), # px
-    offset:float=.5,                # where in its cell a location lies, in strides
-    property_logits:Tensor=None,    # (B, 2, Hp, Wp)
-    pooled:Tensor=None,             # (B, L, C)
-)->Predictions:
-    "`Predictions.from_maps`: predictions that keep the class maps as the head made them."
-    if not len(cls_maps) == len(distance_maps) == len(strides): raise InputError(f"maps: {len(cls_maps)} class maps, "
-        f"{len(distance_maps)} distance maps and {len(strides)} strides; give one of each a level")
-    sizes = [tuple(m.shape[2:]) for m in cls_maps]
-    last = [not m.is_contiguous() and m.is_contiguous(memory_format=torch.channels_last) for m in cls_maps]
-    blocks = [m.permute(0,2,3,1).flatten(1,2) if c else m.contiguous().flatten(2) for m,c in zip(cls_maps,last)]
-    dtype = torch.float32 if cls_maps[0].dtype in (torch.float16,torch.bfloat16) else cls_maps[0].dtype
-    grid = grid_points(sizes, strides, offset, cls_maps[0].device, dtype)
-    preds._set(blocks, [not c for c in last], (sizes, list(strides), offset), grid, property_logits, pooled)
-    preds._cls, preds._distances = None, planes(distance_maps).transpose(1,2)
-    preds.obj_logits = None if obj_maps is None else planes(obj_maps)[:,0]
-    return preds
-
-# %% ../nbs/01_pairs.ipynb #c035
-def starts(counts)->list:
-    "Exclusive cumulative sum with the total at the end, as Python integers."
-    out = [0]
-    for c in counts: out.append(out[-1]+int(c))
-    return out
-
-@patch(as_prop=True)
-def level_starts(self:Predictions)->list:
-    "First location of each level, and P: L+1 integers."
-    return starts(h*w for h,w in self.level_sizes)
-
-@patch(as_prop=True)
-def cls_logits(self:Predictions)->Tensor:
-    "(B, P, K); made from the maps when asked, with gradient."
-    if self._cls is None:
-        with torch.enable_grad():      # kept, so it must not depend on who asks first
-            flat = [b.transpose(1,2) if f else b for b,f in zip(self.cls_blocks, self.class_first)]
-            self._cls = torch.cat(flat, 1)
-    return self._cls
-
-@patch(as_prop=True)
-def distances(self:Predictions)->Tensor:
-    "(B, P, 4) px: left, top, right, bottom."
-    return self._distances
-
-@patch(as_prop=True)
-def distance_planes(self:Predictions)->Tensor:
-    "(B, 4, P) px: one plane a side."
-    return self._distances.transpose(1, 2)
-
-# %% ../nbs/01_pairs.ipynb #c039
 def columns_between(
     lo:Tensor,     # (..., N, L) px, open lower bound
     hi:Tensor,     # (..., N, L) px, open upper bound
@@ -369,20 +246,7 @@ def columns_between(
     first = first.clamp(min=0).minimum(n.to(lo)); last = last.minimum(n.to(lo)-1)
     return first.long(), (last-first+1).clamp(min=0).long()
 
-# %% ../nbs/01_pairs.ipynb #c042
-@functools.lru_cache(maxsize=16)
-def level_table(sizes:tuple, strides:tuple, device, dtype):
-    "(L, 2) int64 heights and widths of the levels, (L,) strides, (L,) int64 first location. Shared: not to be changed."
-    make = functools.partial(torch.tensor, device=device)
-    return make(sizes).view(-1, 2), make(strides, dtype=dtype), make(starts(h*w for h,w in sizes)[:-1])
-
-@patch
-def levels(self:Predictions, dtype:torch.dtype=None)->tuple:
-    "`level_table` of these levels; strides of the points' dtype by default."
-    sizes, points = tuple(map(tuple, self.level_sizes)), self.points
-    return level_table(sizes, tuple(self.level_strides), points.device, dtype or points.dtype)
-
-# %% ../nbs/01_pairs.ipynb #c043
+# %% ../nbs/01_pairs.ipynb #c032
 def rectangle_pairs(
     preds:Predictions, # whose grid
     objects:Objects,
@@ -417,7 +281,7 @@ def inside_pairs(
     b = objects.boxes[:,None].expand(-1, len(preds.level_sizes), -1)
     return rectangle_pairs(preds, objects, b[...,:2], b[...,2:])
 
-# %% ../nbs/01_pairs.ipynb #c045
+# %% ../nbs/01_pairs.ipynb #c034
 @patch(as_prop=True)
 def by_level(self:Pairs)->list:
     "Positions in the list of the pairs of each level: L tensors."
@@ -428,7 +292,7 @@ def by_level(self:Pairs)->list:
     place = lambda l, m: torch.repeat_interleave(first[:,l]-before[:,l], counts[:,l], output_size=m)
     return [place(l, m) + torch.arange(m, device=counts.device) for l,m in enumerate(self.per_level)]
 
-# %% ../nbs/01_pairs.ipynb #c051
+# %% ../nbs/01_pairs.ipynb #c040
 def center_pairs(
     preds:Predictions, objects:Objects,
     radius:float=1.5, # half side of the square around the center, in strides of the level
@@ -443,7 +307,7 @@ def center_pairs(
     if clip: lo, hi = torch.maximum(lo, b[...,:2]), torch.minimum(hi, b[...,2:])
     return rectangle_pairs(preds, objects, lo, hi)
 
-# %% ../nbs/01_pairs.ipynb #c054
+# %% ../nbs/01_pairs.ipynb #c043
 def nearest_on_axis(
     center:Tensor, # (..., N) px
     stride:Tensor, # (L,) px
@@ -473,7 +337,7 @@ def nearest_cells(
     d2 = (dx[...,a].square() + dy[...,b].square()).gather(-1, by_cell)
     return cell.gather(-1, d2.sort(dim=-1, stable=True)[1][...,:k])
 
-# %% ../nbs/01_pairs.ipynb #c056
+# %% ../nbs/01_pairs.ipynb #c045
 def nearest_pairs(
     preds:Predictions, objects:Objects,
     k:int=9, # locations a level
@@ -489,7 +353,7 @@ def nearest_pairs(
     counts = torch.tensor([per_level], device=dev).expand(n,-1)
     return Pairs(loc.reshape(-1), obj, counts.sum(1), preds, objects, counts, [n*m for m in per_level])
 
-# %% ../nbs/01_pairs.ipynb #c065
+# %% ../nbs/01_pairs.ipynb #c054
 @patch
 def winners(self:Pairs,
     priority:Tensor, # (E,) the higher the better; -inf: not a contender
@@ -504,7 +368,7 @@ def winners(self:Pairs,
     first = self.obj.new_full((n,), none).scatter_reduce_(0, at, torch.where(wins, self.obj, none), 'amin')
     return wins & (first.index_select(0, at) == self.obj)
 
-# %% ../nbs/01_pairs.ipynb #c068
+# %% ../nbs/01_pairs.ipynb #c057
 @patch
 def class_slots(self:Pairs):
     "(E,) slot of each pair's (image, class, location), their number, (E,) which pairs have no rival. None: none has."
@@ -534,7 +398,7 @@ def last_of_class(self:Pairs)->Tensor: # (E,) bool
     last = obj.new_full((n,), -1).scatter_reduce_(0, at, obj, 'amax')
     return (last.index_select(0, at) == obj) | alone
 
-# %% ../nbs/01_pairs.ipynb #c071
+# %% ../nbs/01_pairs.ipynb #c060
 @patch
 def gather(self:Pairs,
     x:Tensor, # (B, C, P)
@@ -552,7 +416,7 @@ def third(self:Pairs, preds:Predictions)->Tensor: # (E,)
     "Third-branch logits (objectness, center-ness or IoU) at every pair, with gradient."
     return self.gather(preds.obj_logits[:,None])[0]
 
-# %% ../nbs/01_pairs.ipynb #c076
+# %% ../nbs/01_pairs.ipynb #c065
 CHUNK = 1<<17, 1<<21 # pairs at a time on a CPU (temporaries stay near the cache) and elsewhere
 KEEP = 1<<22         # a longer list is computed again in the backward pass
 
@@ -593,17 +457,7 @@ def in_chunks(self:Pairs,
     run = again if size is not None or len(self) > KEEP else once
     return tuple(map(torch.cat, zip(*(run(*p) for p in parts))))
 
-# %% ../nbs/01_pairs.ipynb #c079
-@patch
-def full_precision(self:Predictions)->Predictions:
-    "The same with half and bfloat16 tensors as float32 (float64 stays); points and strides in the logits' dtype."
-    out = copy.copy(self)
-    out.cls_blocks, flat = [full(b) for b in self.cls_blocks], len(self.cls_blocks) == 1 and not self.class_first[0]
-    out._cls = out.cls_blocks[0] if flat else None     # a flat block is the table itself; of maps it is made when asked
-    for name in ('_distances', 'obj_logits', 'property_logits', 'pooled'): setattr(out, name, full(getattr(self, name)))
-    out.points, out.strides = self.points.to(out.dtype), self.strides.to(out.dtype)
-    return out
-
+# %% ../nbs/01_pairs.ipynb #c068
 @patch
 def select(self:Pairs,
     mask:Tensor, # (E,) bool
