@@ -197,27 +197,4 @@ def assign(self:AutoAssign, preds, objects, progress):
     if self.centre_loss: losses['loss_center'] = self.centre_weight*center_loss(prior, objects)
     if self.objectness == 'explicit':
         losses['loss_obj'] = explicit_objectness(preds.obj_logits, pairs, gamma=self.gamma)
-    return Assignment(losses, pairs, dict(pos=w_pos, neg=w_neg), lambda: self.explain(preds, pairs, table.logits, obj))
-
-# %% ../nbs/08_autoassign.ipynb #c0why
-@patch
-def explain(self:AutoAssign, preds, pairs, cls_logits, obj_logits):
-    "Factors, formulas and constants behind the weights."
-    obj = None if obj_logits is None else pairs.gather(obj_logits[:,None])[0]
-    dist, targets = pairs.distances(preds), pairs.targets
-    mu, sigma = (x.to(dist.dtype).expand(self.num_classes, 2)[pairs.objects.labels] for x in (self.mu, self.sigma))
-    factors = dict(score=scores(cls_logits, obj)[0], giou=distance_giou(dist, targets), prior=pairs.gaussian(mu, sigma))
-    seen = dict(joint='exp(confidence/tau)', cls='exp(score/tau)', loc='exp(loc/tau)', none='1')[self.confidence]
-    trust = seen + '*prior'*(self.centre != 'none')
-    formula = dict(loc='exp(-lam*(1 - giou))', confidence='score*loc', pos=f'share({trust})', neg='1 + 0*pos')
-    if self.negative_weighting:
-        if self.other_objects:
-            odds = best_iou(preds, pairs.objects).view(-1)[pairs.cell]; factors['best_iou'] = odds/(1+odds)
-        else:
-            around = distance_iou(dist, targets); best = around.new_zeros(preds.n_images*preds.n_locations)
-            factors['best_iou'] = best.scatter_reduce_(0, pairs.cell, around, 'amax')[pairs.cell]
-        odds = 'best_iou/(1 - best_iou)' if self.other_objects else 'best_iou'
-        formula.update(odds=odds, near='1/max(1 - odds, 1e-12)',
-                       neg='(best(near) - near)/(best(near) - least(near) + 1e-12)')
-        formula['neg'] = formula.pop('neg')                     # after what it is made of
-    return factors, formula, dict(lam=self.reg_weight, tau=self.tau)
+    return Assignment(losses, pairs, dict(pos=w_pos, neg=w_neg))
