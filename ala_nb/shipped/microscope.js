@@ -248,7 +248,7 @@ class Microscope {
     this.knobs = node('div', {class: 'knobs'});
     this.maps = node('div', {class: 'maps'});
     this.steps = node('div', {class: 'steps'});
-    this.folded = node('details', {id: 'turn'}, node('summary', {}, 'Turn the method’s numbers'), this.knobs);
+    this.folded = node('details', {id: 'turn', ontoggle: () => this.drawKnobs()}, node('summary', {}, 'Turn the method’s numbers'), this.knobs);
     const bar = node('span', {class: 'scale', role: 'img', 'aria-label': 'colour scale of weights from 0 to 1'}, ['0', '0.05', '0.2', '0.5', '1'].map(t => {
       const tick = node('span', {}, t); tick.style.left = `${100*Math.sqrt(+t)}%`; return tick; }));
     bar.style.background = `linear-gradient(to right, ${data.scale.join(',')})`;
@@ -295,14 +295,15 @@ class Microscope {
     svg.append(node('image', {href: im.src, x: 0, y: 0, width: im.width, height: im.height, style: 'image-rendering: pixelated'}), node('rect', {x: vx, y: vy, width: side, height: side, class: 'shade'}));
     const bag = this.mine(method).filter(e => this.level < 0 || this.place(pairs.loc[e]).level === this.level);
     bag.sort((a, b) => this.place(pairs.loc[b]).level - this.place(pairs.loc[a]).level);                              // fine levels on top
-    const rings = node('g'), discs = node('g');
+    const many = bag.length > 250, rings = node('g', {class: many ? 'many' : ''}), discs = node('g');
     for (const e of bag) {
       const {x, y, stride} = this.place(pairs.loc[e]), v = values[e], size = options.size ? options.size(v) : Math.sqrt(Math.sqrt(Math.min(Math.max(isNaN(v) ? 1 : v, 0), 1)));
+      if (options.small && many && size < .2) continue;               // a map of a thousand candidates: what has no value is left out
       const ring = node('circle', {cx: x, cy: y, r: .44*stride, class: 'ring', 'data-pair': e});
       if (!options.small) {
         ring.addEventListener('pointerenter', () => this.look(method, e)); ring.addEventListener('pointerdown', ev => { ev.stopPropagation(); this.look(method, e); });
       }
-      rings.append(ring);
+      if (!options.small || !many) rings.append(ring);
       if (size > 0) discs.append(node('circle', {cx: x, cy: y, r: .44*stride*size, class: 'disc', fill: options.fill ? options.fill(v) : this.colour(v)}));
     }
     const [x1, y1, x2, y2] = im.objects[this.obj].box;
@@ -425,6 +426,7 @@ class Microscope {
   // -- the numbers to turn
 
   drawKnobs() {
+    if (!this.folded.open) return this.knobs.replaceChildren();       // what has an effect is found out when it is asked for
     const now = {...this.moments[this.moment].constants, ...this.turned}, keys = Object.keys(now);
     if (!keys.length) return this.knobs.replaceChildren(node('p', {}, 'This method has no number to turn: a rule decides.'));
     const active = document.activeElement?.id;
