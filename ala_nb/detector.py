@@ -11,7 +11,7 @@ __all__ = ['NORMS', 'RESNETS', 'STYLES', 'TRANSFORMERS', 'USUAL', 'BACKBONES', '
            'check_images', 'batch_images', 'check_targets', 'top_scores', 'likely_scores', 'detections', 'made_by',
            'our_names', 'read_weights', 'imagenet_weights', 'folded_statistics', 'check_style', 'take_weights', 'whole',
            'fraction', 'colours', 'options_dict', 'named', 'settle', 'as_tuple', 'make_method', 'method_config',
-           'set_head', 'backbone_config', 'Detector', 'save_weights', 'read_config', 'load_detector']
+           'set_head', 'backbone_config', 'Detector', 'save_weights', 'read_config', 'check_header', 'load_detector']
 
 # %% ../nbs/05_detector.ipynb #c002
 import contextlib, dataclasses, importlib, inspect, json, math, os, re, tempfile, warnings
@@ -1070,6 +1070,16 @@ def _reading(file):
     except (ValueError, OSError, SafetensorError) as e:
         raise InputError(f"{file}: cannot be read ({type(e).__name__}); is it complete?") from e
 
+def check_header(
+    file,        # .safetensors of `save_weights`, whose header says what it was trained with
+    config:dict, # a detector's configuration
+)->None:
+    "`InputError` names the first option, of those that make the network and the method, in which a configuration differs from that of its weights."
+    with _reading(file), safe_open(file, 'pt') as f: made = json.loads((f.metadata() or {}).get('detector', '{}'))
+    for k,v in made.items():
+        if k in config and config[k] != v and k not in (*INFERENCE, 'nms', 'weights', 'pad_to', 'channels_last', 'trainable_layers'):
+            raise InputError(f"{file}: was trained with {k} {str(v)[:60]}, the configuration says {str(config[k])[:60]}; put it back")
+
 def load_detector(
     run_or_config,     # a run's folder, a config.json, a .safetensors file, or a configuration (dict)
     checkpoint='best', # 'best', 'last' or the path of a .safetensors file
@@ -1084,6 +1094,7 @@ def load_detector(
         if folder.suffix=='.safetensors': checkpoint = folder
         elif not folder.is_dir(): folder = folder.parent
     file = folder/f'{checkpoint}.safetensors' if checkpoint in ('best','last') else Path(checkpoint)
+    if not isinstance(run_or_config, dict) and method is None: check_header(file, config)
     if method is not None: config = {**config, 'method': method}
     model = Detector(**{**config, 'weights': 'none'})                     # the file brings them; norm and stages stand in the configuration
     with _reading(file): state = load_file(file)

@@ -280,6 +280,18 @@ def test_edited_config(whole, case, capsys):
     fails(['--resume', 'run'], 2, 'config.json' if '.' in name or case[:2] == 'no' else name, name, capsys=capsys)
     assert (run/'state.pt').read_bytes() == state
 
+@pytest.mark.parametrize('key,value', [('channels', 10**9), ('strides', nested(300)), ('head_convs', 10**7), ('num_classes', 10**12), ('method', 'dw'),
+    ('backbone', 'resnet50'), ('mean', ['a']), ('norm', ['x']), ('method_options', dict(ranges=nested(99))), ('pad_to', 'x'), ('zz', 1)])
+def test_edited_config_in_other_commands(whole, key, value, capsys):
+    "Before a network of a billion channels is made."
+    from ala_nb import evaluate
+    run = copied(whole)
+    config = json.loads((run/'config.json').read_text()); config['detector'][key] = value
+    (run/'config.json').write_text(json.dumps(config))
+    assert evaluate.main(['run']) == 2
+    line = one_error(capsys.readouterr().err)
+    assert key in line and len(line) < 500
+
 @pytest.mark.parametrize('text', ['', '[]', '3', 'null', '{"train":', '['*100000, '{"train":{}}'])
 def test_config_that_is_none(whole, text, capsys):
     run = copied(whole); (run/'config.json').write_text(text)

@@ -52,7 +52,7 @@ def losses_of(path): return [[float(v) for k,v in r.items() if k.startswith('los
 
 TWENTY = dict(train_images=13, batch_size=4, steps=20, eval_every=0, log_every=1, threads=1, seed=3)
 
-@pytest.mark.parametrize('knobs', [dict(method='fcos'), dict(method='autoassign'), dict(method='dw', accumulate=2), dict(method='ala', optimizer='sgd', lr=.01)])
+@pytest.mark.parametrize('knobs', [dict(method='fcos'), dict(method='autoassign'), dict(method='dw', accumulate=2)])
 def test_two_processes_train_as_one(knobs, monkeypatch):
     "20 steps; 13 images in batches of 4, so that the last one has a single image and a process without any."
     in_float64(monkeypatch)
@@ -112,6 +112,20 @@ def test_numbers_that_are_none_stop_all():
     assert together(work) == [3,3]
     assert re.search(r'step 4: loss\w* is nan, images shapes/train/', one_error(Path('log').read_text()))
 
+def test_a_bad_image_in_one_process_is_said():
+    "By the process that met it; the other one ends as well, with a line and not with a traceback."
+    save_coco(load_dataset('shapes', 'train', n=8), 'photos')
+    def work():
+        real = T.note
+        def note(run, *a):
+            real(run, *a)
+            if run.step == 2 and processes.rank() == 1: run.loader.dataset.ds.files[:] = [Path('gone.png')]*8
+        T.note = note
+        return T.main(words(data='photos', backbone='tiny', batch_size=2, epochs=4, eval_every=0, threads=1, out='run'))
+    assert sorted(together(work)) == [1,2], Path('log').read_text()
+    text = Path('log').read_text()
+    assert 'Traceback' not in text and 'gone.png' in text and 'another process of this training has ended' in text, text
+
 def test_refusals(monkeypatch, capsys):
     assert together(lambda: T.main(words(**{**TWENTY, 'batch_size':1}, out='run'))) == [2,2]
     assert '--batch_size 1' in one_error(Path('log').read_text()) and not Path('run').exists()
@@ -129,7 +143,7 @@ def test_refusals(monkeypatch, capsys):
 
 def test_killed_process_is_restarted_by_torchrun(tmp_path):
     "The real thing: torchrun, one process killed, both started again, the same end as with one process that nobody disturbs."
-    knobs = dict(TWENTY, steps=60, checkpoint_seconds=.001)
+    knobs = dict(TWENTY, steps=40, checkpoint_seconds=.001)
     assert T.main(words(**knobs, out='whole')) == 0
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '--max_restarts', '2', '-m', 'ala_nb.train']
     p = subprocess.Popen([*torchrun, *words(**knobs, out='run')], env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -140,6 +154,6 @@ def test_killed_process_is_restarted_by_torchrun(tmp_path):
         text, _ = p.communicate(timeout=120)
     finally: p.kill()
     assert p.returncode == 0 and 'goes on at step' in text, text
-    assert T.load_state('run')['step'] == 60
+    assert T.load_state('run')['step'] == 40
     assert [r['step'] for r in rows(Path('run'))] == [r['step'] for r in rows(Path('whole'))]
     assert losses_of('run')[:5] == [pytest.approx(l, rel=1e-3) for l in losses_of('whole')[:5]]
