@@ -734,7 +734,7 @@ class Progress:
     def step(self, losses:dict):
         "After every step."
         run, now = self.run, time.monotonic()
-        text = f'loss {sum(losses.values()):.3f}  lr {run.lr:.2g}'
+        text = f'loss {sum(losses.values()):.3f}  lr {run.lr:.2g}  waits for data {run.waiting/run.busy if run.busy else 0:.0%}'
         if self.bar: self.bar.set_postfix_str(text, refresh=False); self.bar.update()
         elif now - self.said > self.every:
             left = (now - self.t0)/(run.step - self.first)*(run.total - run.step)
@@ -819,7 +819,9 @@ def stopped(run:Run, e:BaseException) -> BaseException:
     "What a run ends with that was asked to stop or got no more data: where it stands, and how to go on."
     words = f'stopped at step {run.saved} of {run.total}; go on with: python -m ala_nb.train --resume {run.path}'
     if isinstance(e, KeyboardInterrupt): return Interrupted(words)
-    return type(e)(f'{e}; {words}' if isinstance(e, LoaderDied) else str(e))
+    e = type(e)(f'{e}; {words}' if isinstance(e, LoaderDied) else str(e))
+    e.own = world_size() > 1                                         # the other processes do not know of it
+    return e
 
 def warn(run:Run, log) -> None:
     "What will work, but not as one may think."
@@ -965,6 +967,7 @@ def restarted(c:Config) -> bool:
 
 def main(argv:list=None) -> int: # exit code
     "The command `python -m ala_nb.train`."
+    own = False                                        # whether an error is this process's and not that of all
     try:
         config, path, live = parse(argv)
         if config is None and path is None: return 0                 # something was only to be printed
@@ -972,7 +975,7 @@ def main(argv:list=None) -> int: # exit code
             if path is None and first_does(lambda: restarted(config)): path, live = Path(config.out), {}
             train(config, resume(path, **live) if path else None)
         return 0
-    except InputError as e: code, text = 2, f'error: {one_line(e)}'
+    except InputError as e: code, text, own = 2, f'error: {one_line(e)}', getattr(e, 'own', False)
     except NonFinite as e: code, text = 3, f'error: {one_line(e)}'
     except torch.OutOfMemoryError as e: code, text = 1, f'error: {one_line(e)}; a smaller --batch_size with --accumulate needs less'
     except MemoryError: code, text = 1, 'error: the machine has no memory left; take a smaller --batch_size or fewer --workers'
@@ -982,7 +985,7 @@ def main(argv:list=None) -> int: # exit code
     except RuntimeError as e:
         if 'WORLD_SIZE' not in os.environ or not any(w in str(e).lower() for w in ('gloo', 'nccl', 'connection')): raise
         code, text = 1, 'error: another process of this training has ended; what it says comes first'
-    if os.environ.get('RANK', '0') == '0' or code == 1: print(text, file=sys.stderr)
+    if os.environ.get('RANK', '0') == '0' or own or code == 1: print(text, file=sys.stderr)
     return code
 
 # %% ../nbs/16_train.ipynb #c063
