@@ -84,7 +84,7 @@ def test_weights_option_takes_a_whole_official_detector(tmp_path):
     "Body, pyramid and towers; a head of other classes stays as drawn."
     with np.load(GOLDEN/'fcos.npz') as z: state = O.state_of(dict(z))
     torch.save(dict(state_dict=state), tmp_path/'x.pth')
-    model = Detector('fcos', 'resnet18', 3, channels=64, head_convs=2, weights=str(tmp_path/'x.pth'))
+    with pytest.warns(UserWarning, match='2 of pyramid, head and method do not fit'): model = Detector('fcos', 'resnet18', 3, channels=64, head_convs=2, weights=str(tmp_path/'x.pth'))
     for ours, theirs in (('body.layer4.1.conv2.weight', 'backbone.layer4.1.conv2.weight'), ('pyramid.fpn.extra_blocks.convs.1.bias', 'neck.fpn_convs.4.conv.bias'),
                          ('head.box_tower.3.weight', 'bbox_head.reg_convs.1.conv.weight')):
         torch.testing.assert_close(model.state_dict()[ours], state[theirs].float())

@@ -526,7 +526,7 @@ def test_imagenet_without_a_network(monkeypatch):
 
 def test_own_weights_for_other_classes(tmp_path):
     a = Detector('fcos', 'tiny', 3); save_weights(a, tmp_path/'a.safetensors')
-    b = Detector('fcos', 'tiny', 9, weights=tmp_path/'a.safetensors')
+    with pytest.warns(UserWarning, match='2 of pyramid, head and method'): b = Detector('fcos', 'tiny', 9, weights=tmp_path/'a.safetensors')
     for k, v in a.state_dict().items(): assert k.startswith('head.cls.') or torch.equal(v, b.state_dict()[k])
 
 def test_save_and_load(tmp_path):
@@ -579,3 +579,28 @@ def test_on_a_gpu():
     with torch.autocast('cuda', dtype=torch.float16): losses = model(images, targets)
     assert all(v.isfinite() and v.dtype == torch.float32 for v in losses.values())
     assert loud(model)(images)[0]['boxes'].device.type == 'cuda'
+
+
+# ---- several sizes
+
+def test_several_sizes_by_the_command(tmp_path, capsys):
+    "evaluate --scales --flip: the images' own size without the mirror changes nothing; a run's limit of the long side holds."
+    from ala_nb import evaluate as E
+    from ala_nb.data import load_dataset
+    torch.manual_seed(0)
+    classes = list(load_dataset('shapes', 'val', n=1).classes)
+    model = loud(Detector('fcos', 'tiny', len(classes), channels=16, head_convs=1), -2.)
+    model.classes = classes
+    save_weights(model, tmp_path/'best.safetensors')
+    (tmp_path/'config.json').write_text(json.dumps(dict(detector=model.config, classes=classes, train=dict(size=128, max_size=128))))
+    found = {}
+    for name, more in dict(plain=[], same=['--scales', '128'], many=['--scales', '64', '128', '400', '--flip']).items():
+        argv = [tmp_path, '--data_options', 'n=3', '--device', 'cpu', '--results', tmp_path/f'{name}.json', *more]
+        assert E.main([str(a) for a in argv]) == 0
+        found[name] = json.loads((tmp_path/f'{name}.json').read_text())
+    assert len(found['plain']) == len(found['same']) == len(found['many']) == 300
+    a, b = (sorted(x['score'] for x in found[k]) for k in ('plain', 'same'))
+    assert a == pytest.approx(b, abs=1e-5) and max(x['score'] for x in found['many']) >= max(a)-1e-5
+    assert all(x['bbox'][0] >= -1e-3 and x['bbox'][0]+x['bbox'][2] <= 128.01 for x in found['many'])
+    assert E.main([str(tmp_path), '--scales', '128', '--no-nms', '--data_options', 'n=3']) == 2
+    assert 'joined by NMS' in capsys.readouterr().err
