@@ -11,7 +11,8 @@ __all__ = ['NORMS', 'RESNETS', 'STYLES', 'TRANSFORMERS', 'USUAL', 'BACKBONES', '
            'check_images', 'batch_images', 'check_targets', 'top_scores', 'likely_scores', 'detections', 'made_by',
            'our_names', 'read_weights', 'imagenet_weights', 'folded_statistics', 'check_style', 'take_weights', 'whole',
            'fraction', 'colours', 'options_dict', 'named', 'settle', 'as_tuple', 'make_method', 'method_config',
-           'set_head', 'backbone_config', 'Detector', 'save_weights', 'read_config', 'check_header', 'load_detector']
+           'set_head', 'backbone_config', 'Detector', 'resized', 'detect_scales', 'save_weights', 'read_config',
+           'check_header', 'load_detector']
 
 # %% ../nbs/05_detector.ipynb #c002
 import contextlib, dataclasses, importlib, inspect, json, math, os, re, tempfile, warnings
@@ -803,6 +804,8 @@ def take_weights(
     missing = [k for k in own if k.startswith('body.') and k not in fits and not any(f in k for f in fresh)]
     if missing: warnings.warn(f"{source}: {len(missing)} tensors of the backbone are not in it and stay as drawn, "
                               f"first {missing[0].removeprefix('body.')}", stacklevel=2)
+    left = [k for k in state if k not in fits and k.split('.')[0] in ('head','pyramid','method') and not k.endswith('num_batches_tracked')]
+    if left: warnings.warn(f"{source}: {len(fits)} tensors are taken, {len(left)} of pyramid, head and method do not fit and are left, first {left[0]}", stacklevel=2)
     model.load_state_dict(fits, strict=False)
     return sorted(fits)
 
@@ -1002,9 +1005,13 @@ def assign(self:Detector,
 def detect(self:Detector,
     images:Sequence[Tensor], # (3, H, W) each, 0 ... 1
     nms:bool=None,           # None: as configured
+    scales:Sequence[int]=None, max_size:int=None, flip:bool=None, # see `detect_scales`
     **options,               # score_threshold, nms_threshold, topk, max_detections in place of the configured ones
 )->list: # a dict an image: boxes, labels, scores
     "Detections in the coordinates of the given images; pictures of one padded size share a batch."
+    if scales or flip:
+        if nms is False: raise InputError("nms: False, but detections of several sizes are joined by NMS; leave it out")
+        return detect_scales(self, images, scales, max_size, bool(flip), **options)
     c, out, groups = self._config, [None]*len(images), {}
     for o in options: choice('option of detect', o, INFERENCE)
     options = {k: options.get(k, c[k]) for k in INFERENCE} | dict(select_by=c['select_by'])
@@ -1019,6 +1026,46 @@ def compile_network(self:Detector, **options):
     "torch.compile backbone and pyramid, in place: the names of the weights stay."
     for m in (self.body, self.pyramid): m.compile(**options)
     return self
+
+# %% ../nbs/05_detector.ipynb #c077b
+def resized(
+    image:Tensor,      # (3, H, W)
+    short:int=None,    # px of the shorter side; None: as it is
+    longest:int=None,  # px, limit of the longer one
+)->Tensor: # (3, h, w)
+    "A picture with another shorter side, in its proportions."
+    h, w = image.shape[1:]
+    r = short/min(h,w) if short else 1.
+    if longest: r = min(r, longest/max(h,w))
+    size = [max(1, round(h*r)), max(1, round(w*r))]
+    return image if size == [h,w] else F.interpolate(image[None], size, mode='bilinear', antialias=True, align_corners=False)[0]
+
+def detect_scales(
+    model:nn.Module,  # a `Detector`
+    images:Sequence[Tensor],   # (3, H, W) each, 0 ... 1
+    scales:Sequence[int]=None, # px, shorter sides; None: as the images are
+    max_size:int=None,         # px, limit of the longer side, at every size
+    flip:bool=False,           # also mirrored
+    **options,                 # score_threshold, nms_threshold, topk, max_detections in place of the configured ones
+)->list: # a dict an image: boxes, labels, scores
+    "Detections of several sizes of each image, joined by NMS (multi-scale test)."
+    c = model._config; n, threshold = (options.pop(k, c[k]) for k in ('max_detections','nms_threshold'))
+    scales = [whole('scales', s, 2) for s in scales] if scales else [None]
+    found, sizes = [[] for _ in images], check_images(images)
+    for short in scales:
+        small = [resized(im, short, max_size) for im in images]
+        for mirrored in (False, True) if flip else (False,):
+            every = model.detect([im.flip(2) for im in small] if mirrored else small, nms=False, max_detections=options.get('topk', c['topk'])*len(c['strides']), **options)
+            for out,d,im,(h,w) in zip(found, every, small, sizes):
+                b = d['boxes']
+                if mirrored: b = torch.stack([im.shape[2]-b[:,2], b[:,1], im.shape[2]-b[:,0], b[:,3]], 1)
+                out.append((b*b.new_tensor([w/im.shape[2], h/im.shape[1]]*2), d['scores'], d['labels']))
+    joined = []
+    for parts in found:
+        b, s, l = (torch.cat(x) for x in zip(*parts))
+        keep = batched_nms(b, s, l, threshold)[:n]
+        joined.append(dict(boxes=b[keep], labels=l[keep], scores=s[keep]))
+    return joined
 
 # %% ../nbs/05_detector.ipynb #c084
 def save_weights(

@@ -452,6 +452,8 @@ def make_parser():
     d.add_argument('--max_size', type=int, metavar='PX', help="limit of the long side, 0: none [the run's]")
     g,m = add_inference(p)
     g.add_argument('--score_threshold', type=_share, metavar='S', help="detections below it are left out [the run's]")
+    g.add_argument('--scales', nargs='+', type=_count, metavar='PX', help='multi-scale test: short sides in place of --size; the detections are joined by NMS')
+    g.add_argument('--flip', action='store_true', default=None, help='also mirrored, joined in the same way')
     m.add_argument('--workers', type=_none_or_more, default=0, metavar='N', help='processes that load images [0: load in this one]')
     e = p.add_argument_group('metrics')
     e.add_argument('--metrics', nargs='+', choices=METRICS, default=['coco'], help='[coco]; voc07 is VOC with 11 points')
@@ -482,7 +484,7 @@ def evaluate_run(
     metrics=('coco',), backend:str='faster', max_dets=(1,10,100), # see `compute_metrics`
     progress:bool=False,
     method=None,              # name or 'package.module:Class'; None: the run's
-    **how,               # nms, score_threshold, nms_threshold, max_detections
+    **how,               # nms, score_threshold, nms_threshold, max_detections; scales and flip for a multi-scale test
 ): # metrics {name: numbers}, COCO results with the ids of the user's file
     "Evaluate a run on a split."
     config = run_config(run); trained = config.get('train', {})
@@ -495,6 +497,7 @@ def evaluate_run(
         raise InputError(f'{ds.name}: split {split} holds no object to find, so there is nothing to evaluate')
     device = pick_device(device)
     sizes, model = run_sizes(config, size, max_size), load_detector(run, checkpoint, **({} if method is None else dict(method=method)))
+    if how.get('scales'): sizes, how['max_size'] = (None, None), sizes[1]      # the detector itself resizes
     if progress: print(report(ds, *sizes), flush=True)                          # also what it leaves out
     with finite_outputs(model): results = predict_dataset(model, ds, eval_transforms(*sizes), batch_size, workers, device, progress, ids, **how)
     found = compute_metrics(truth, results, metrics, backend, max_dets)
