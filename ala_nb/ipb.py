@@ -29,9 +29,10 @@ def gaussian_taps(
     variance:float=2., # paper's σ², cells²
     device=None,
 )->Tensor: # (2·radius+1,) float64, sums to 1
-    "One side of the separable Gaussian of Eq. 5; `InputError` unless the radius is a whole number from 0 and the variance above 0."
+    "The separable Gaussian of Eq. 5 along one axis; `InputError` unless radius >= 0 is whole and variance > 0."
     if not (isinstance(radius, int) and radius >= 0 and 0 < variance < float('inf')):
-        raise InputError(f'blur_radius: {radius!r}, blur_variance: {variance!r}; give a whole number of cells from 0 and a variance above 0')
+        raise InputError(f'blur_radius: {radius!r}, blur_variance: {variance!r}; '
+                         'give a whole number of cells from 0 and a variance above 0')
     t = torch.arange(-radius, radius+1, dtype=torch.float64, device=device)
     w = (-t*t/(2*variance)).exp()
     return w/w.sum()
@@ -63,7 +64,8 @@ def read_matrix(
     offset:float=.5, # where in its cell a location lies, in strides
     device=None,
 )->Tensor: # (m, n) float64; rows sum to 1
-    "Linear interpolation along one axis: row i holds the shares of the two cells around location i, beyond the border the border cell."
+    """Linear interpolation along one axis: row i holds the shares of the two cells around location i, beyond the border
+    the border cell."""
     at = ((torch.arange(m, dtype=torch.float64, device=device)+offset)*ratio - offset).clamp(0, n-1)
     return (1-(at[:,None] - torch.arange(n, device=device)).abs()).clamp(min=0)
 
@@ -76,7 +78,8 @@ def to_locations(
     "The maps read at every location of every level."
     def read(size, stride):
         if stride == strides[0]: return maps.flatten(2)
-        down, across = (read_matrix(n, m, stride/strides[0], offset, maps.device).to(maps) for n,m in zip(maps.shape[2:], size))
+        matrix = lambda n, m: read_matrix(n, m, stride/strides[0], offset, maps.device).to(maps)
+        down, across = map(matrix, maps.shape[2:], size)
         return (down @ maps @ across.t()).flatten(2)
     return torch.cat([read(*x) for x in zip(level_sizes, strides)], 2)
 
@@ -87,6 +90,7 @@ def map_iou(
     threshold:float=.5,
 ): # IoU of the foregrounds and of the backgrounds, each 0 ... 1 (1 where both are empty)
     "How well a foreground map matches true masks (ALA Table II)."
-    up = F.interpolate(foreground[:,None].float(), masks.shape[1:], mode='bilinear', align_corners=False)[:,0] > threshold
-    iou = lambda a,b: ((a&b).sum()/((a|b).sum().clamp(min=1)) if (a|b).any() else torch.ones(())).item()
+    maps = foreground[:,None].float()
+    up = F.interpolate(maps, masks.shape[1:], mode='bilinear', align_corners=False)[:,0] > threshold
+    iou = lambda a,b: ((a&b).sum()/(a|b).sum()).item() if (a|b).any() else 1.
     return iou(up, masks), iou(~up, ~masks)

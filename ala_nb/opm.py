@@ -50,7 +50,7 @@ def log_center_weight(
 
 # %% ../nbs/12_opm.ipynb #c015
 class CenterPrior(nn.Module):
-    "μ and σ of Eq. 4 for every pair: predicted from pooled features, a class each (Table VII's 'Ours'), shared, fixed, or no weight at all."
+    "Center weight of Eq. 4; μ, σ predicted from pooled features, by class (Table VII's 'Ours') or for all, or fixed."
     def __init__(self,
         num_classes:int, # K
         mode:str='predicted', # 'predicted', 'shared' (one for all classes), 'fixed' (μ = 0, σ = 1) or 'none' (weight 1)
@@ -58,7 +58,8 @@ class CenterPrior(nn.Module):
         isotropic:bool=False, # one μ and σ for both axes (the paper's shape is (N, K)); False: x and y apart
     ):
         super().__init__()
-        self.mode, self.groups, self.axes = choice('centre', mode, ('predicted','shared','fixed','none')), num_classes if mode=='predicted' else 1, 1 if isotropic else 2
+        self.mode = choice('centre', mode, ('predicted','shared','fixed','none'))
+        self.groups, self.axes = num_classes if mode=='predicted' else 1, 1 if isotropic else 2
         self.in_channels = in_channels
         if mode in ('predicted','shared'):
             self.fc = nn.Linear(in_channels, self.groups*self.axes*2)
@@ -67,10 +68,12 @@ class CenterPrior(nn.Module):
     def parameters_of(self, pooled):
         "μ and log σ, each (B or 1, L or 1, K or 1, 2)."
         if pooled is None: z = self.fc.bias.view(1,1,-1)
-        elif pooled.shape[-1] != self.in_channels: raise InputError(f"pooled: {pooled.shape[-1]} channels, but in_channels={self.in_channels}; build the method with the pyramid's channels")
+        elif pooled.shape[-1] != self.in_channels: raise InputError(
+            f"pooled: {pooled.shape[-1]} channels, but in_channels={self.in_channels}; give the pyramid's channels")
         else: z = self.fc(pooled.to(self.fc.weight.dtype))
         z = z.view(*z.shape[:2], self.groups, 2, self.axes).expand(-1,-1,-1,-1,2)
-        return z[...,0,:], 3*torch.tanh(z[...,1,:]/3)         # σ within e^±3 strides; a hard limit would have no slope to come back by
+        # σ within e^±3 strides; beyond a hard limit there would be no gradient to bring it back
+        return z[...,0,:], 3*torch.tanh(z[...,1,:]/3)
 
     def forward(self,
         pairs:Pairs,
