@@ -9,8 +9,8 @@ __all__ = ['SHAPES', 'SHAPES_VERSION', 'FOLDER_SIZE', 'Bits', 'on_shape', 'extre
            'other_form', 'FolderDataset', 'object_arrays', 'trained_sides', 'same_pictures', 'Report', 'report',
            'need_objects', 'load_folder', 'load_dataset', 'save_coco', 'ShortSide', 'Transforms', 'train_transforms',
            'eval_transforms', 'item_seed', 'Items', 'BatchOrder', 'collate', 'Parcel', 'send', 'LoaderDied', 'Loader',
-           'make_loader', 'font_for', 'report_figure', 'report_html', 'make_parser', 'all_splits', 'shared_pictures',
-           'opening', 'report_all', 'main']
+           'make_loader', 'font_for', 'drawing', 'report_figure', 'report_html', 'make_parser', 'all_splits',
+           'shared_pictures', 'opening', 'report_all', 'main']
 
 # %% ../nbs/04_data.ipynb #c002
 import base64, difflib, functools, hashlib, html, inspect, io, json, math, multiprocessing, os, pickle, signal, sys, threading
@@ -1050,15 +1050,21 @@ def font_for(text:str)->str:
         except (OSError, RuntimeError): continue
     return ''
 
-def _font(texts):
-    "Properties of a font for these texts, and the texts: escaped if no font has them."
-    from matplotlib.font_manager import FontProperties
-    texts = [shown(t, 24) for t in texts]; file = font_for(''.join(sorted(set(''.join(texts)))))
-    return FontProperties(fname=file or font_for('a')), texts if file else [t.encode('ascii',
-        'backslashreplace').decode() for t in texts]
+@contextmanager
+def drawing(names):
+    "Names as matplotlib can draw them: within the block it has a font with their letters; escaped where none is installed."
+    import matplotlib
+    from matplotlib import font_manager
+    names = [shown(n, 40) for n in names]; file = font_for(''.join(sorted(set(''.join(names)))))
+    if not file: names = [n.encode('ascii', 'backslashreplace').decode() for n in names]
+    family = list(matplotlib.rcParams['font.family'])
+    if file and file!=font_for('a'):
+        font_manager.fontManager.addfont(file)
+        family.append(font_manager.FontProperties(fname=file).get_name())
+    with matplotlib.rc_context({'font.family':family}): yield names
 
 # %% ../nbs/04_data.ipynb #r016
-def _draw_sample(ax, ds, i, font, names):
+def _draw_sample(ax, ds, i, names):
     "One image with its boxes; what is ignored is dashed."
     image, o = ds.image(i), ds.objects(i)
     ax.imshow(image.permute(1,2,0).numpy()); ax.axis('off')
@@ -1068,20 +1074,22 @@ def _draw_sample(ax, ds, i, font, names):
     for (x1,y1,x2,y2),l,c in zip(o['boxes'].tolist(), o['labels'].tolist(), o['crowd'].tolist()):
         ax.add_patch(Rectangle((x1,y1), x2-x1, y2-y1, fill=False, ec=f'C{l%10}', lw=1.4, ls=':' if c else '-'))
         if len(o['labels'])<=12:
-            ax.text(x1, y1, names[l].replace('$', '\\$'), fontproperties=font, fontsize=7, color='white',
+            ax.text(x1, y1, names[l].replace('$', '\\$'), fontsize=7, color='white',
                 bbox=dict(fc=f'C{l%10}', ec='none', pad=.8))
 
 def report_figure(ds, r:Report, size=None, max_size=None, samples:int=8):
     "Samples with boxes; histograms of sizes, classes and aspect ratios."
+    with drawing(list(r.classes)) as names: return _report_figure(ds, r, names, size, max_size, samples)
+
+def _report_figure(ds, r, names, size, max_size, samples):
     from matplotlib.figure import Figure
     boxes, label, crowd, image = object_arrays(ds); side = trained_sides(ds, boxes, image, size, max_size)[~crowd]
-    fig = Figure(figsize=(12,9), layout='constrained'); top, low = fig.subfigures(2, 1, height_ratios=(2,1))
-    font, names = _font(list(r.classes))
     order = Bits(0, len(ds)).permutation(len(ds)); full = np.bincount(image, minlength=len(ds))>0
     chosen = sorted(order[np.argsort(~full[order], kind='stable')][:samples])
     rows = 1 if len(chosen)<=4 else 2
+    fig = Figure(figsize=(12,3+3*rows), layout='constrained'); top, low = fig.subfigures(2, 1, height_ratios=(rows,1))
     for ax in top.subplots(rows, -(-len(chosen)//rows), squeeze=False).flat:
-        if chosen: _draw_sample(ax, ds, int(chosen.pop(0)), font, names)
+        if chosen: _draw_sample(ax, ds, int(chosen.pop(0)), names)
         else: ax.axis('off')
     a, b, c = low.subplots(1, 3)
     log = lambda v: np.geomspace(max(v.min(), 1e-2), max(v.max(), v.min()*1.01+1e-2), 30) if len(v) else 10
@@ -1091,7 +1099,7 @@ def report_figure(ds, r:Report, size=None, max_size=None, samples:int=8):
     c.set(xscale='log', xlabel='width : height', ylabel='objects')
     most = sorted(zip(r.classes.values(), names), reverse=True)[:15][::-1]; y = np.arange(len(most))
     b.barh(y, [n for n,_ in most]); b.set(xlabel='objects to learn from')
-    b.set_yticks(y, [n.replace('$', '\\$') for _,n in most], fontproperties=font, fontsize=8)
+    b.set_yticks(y, [n.replace('$', '\\$') for _,n in most], fontsize=8)
     return fig
 
 # %% ../nbs/04_data.ipynb #r017
