@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['BOXES', 'ALIASES', 'FORMS', 'OPTIONS', 'Annotations', 'as_number', 'as_whole', 'check_box', 'check_flag', 'as_id',
-           'plain_ids', 'as_xywh', 'words', 'is_split', 'pick_split', 'of_split', 'map_classes', 'coco_splits',
-           'coco_folders', 'polygon_box', 'read_coco', 'voc_splits', 'voc_root', 'voc_object', 'read_voc_xml',
-           'voc_class_list', 'voc_classes', 'voc_entries', 'voc_folders', 'read_voc', 'crowdhuman_splits',
-           'crowdhuman_object', 'read_crowdhuman', 'read_yaml', 'YoloSplit', 'yolo_splits', 'yolo_pictures',
-           'label_file', 'yolo_object', 'read_yolo', 'foreign', 'recognise', 'check_images', 'take_share']
+           'plain_ids', 'as_xywh', 'visible', 'words', 'is_split', 'pick_split', 'of_split', 'map_classes',
+           'coco_splits', 'coco_folders', 'polygon_box', 'read_coco', 'voc_splits', 'voc_root', 'voc_object',
+           'read_voc_xml', 'voc_class_list', 'voc_classes', 'voc_entries', 'voc_folders', 'read_voc',
+           'crowdhuman_splits', 'crowdhuman_object', 'read_crowdhuman', 'read_yaml', 'YoloSplit', 'yolo_splits',
+           'yolo_pictures', 'label_file', 'yolo_object', 'read_yolo', 'foreign', 'recognise', 'check_images',
+           'take_share']
 
 # %% ../nbs/03d_formats.ipynb #g002
 import csv, difflib, itertools, math, os, re
@@ -107,6 +108,12 @@ def as_xywh(
 ALIASES = [('train','training'), ('val','valid','validation'), ('test','testing')]
 _split_names = [n for g in ALIASES for n in g]
 
+def visible(folder:Path, *patterns):
+    "Files and folders that fit, without hidden ones: macOS puts a `._x.xml` beside x.xml, notebooks keep copies."
+    for p in patterns:
+        for f in folder.glob(p):
+            if not any(x[0]=='.' for x in f.relative_to(folder).parts): yield f
+
 def words(name:str)->list: return re.findall(r'[a-z]+', name.lower())
 def is_split(name:str)->bool: return any(w in _split_names or w=='trainval' for w in words(name))
 
@@ -165,20 +172,21 @@ def _is_coco(file:Path)->bool:
 
 def coco_splits(root:Path)->dict:
     "Split -> annotation file of a COCO-like folder."
-    out = {f.stem[10:]:f for f in sorted(root.glob('annotations/instances_*.json'))}
-    for f in sorted(root.glob('*/_annotations.coco.json')): out.setdefault(f.parent.name, f)
-    for f in sorted(root.glob('*/labels.json')):
+    out = {f.stem[10:]:f for f in sorted(visible(root, 'annotations/instances_*.json'))}
+    for f in sorted(visible(root, '*/_annotations.coco.json')): out.setdefault(f.parent.name, f)
+    for f in sorted(visible(root, '*/labels.json')):
         if (f.parent/'data').is_dir(): out.setdefault(f.parent.name, f)
     if out: return out
     names = '|'.join(_split_names)
-    out = {f.stem:f for f in sorted([*root.glob('annotations/*.json'), *root.glob('*.json')])
+    out = {f.stem:f for f in sorted([*visible(root, 'annotations/*.json'), *visible(root, '*.json')])
         if re.fullmatch(rf'({names})\d*', f.stem)}
     if out: return out
-    folders = {d:sorted(d.glob('*.json')) for d in (root, *sorted(p for p in root.iterdir() if p.is_dir()
+    folders = {d:sorted(visible(d, '*.json')) for d in (root, *sorted(p for p in root.iterdir() if p.is_dir()
         and p.name[0]!='.'))}
     # a file an image is another format
     found = [f for fs in folders.values() if len(fs)<=12 for f in fs if _is_coco(f)]
-    if len(found)==1 and not is_split(found[0].stem) and not is_split(found[0].parent.name): return dict(all=found[0])
+    if len(found)==1 and not is_split(found[0].stem) and (
+            found[0].parent==root or not is_split(found[0].parent.name)): return dict(all=found[0])
     name = lambda f: f.parent.name if f.parent!=root and is_split(f.parent.name) and not is_split(f.stem) else f.stem
     for f in found: out.setdefault(name(f), f)
     return out
@@ -282,7 +290,8 @@ def read_coco(
     for k in ('images','annotations','categories'):
         if not isinstance(d,dict) or not isinstance(d.get(k),list):
             raise InputError(f'{shown(file)}: no list {k!r}, so this is no COCO detection file; export it again')
-    c = _Coco(d, file, coco_folders(root, file, split), root, classes, use_ignored, of_split(root, split)); out = c.out
+    c = _Coco(d, file, coco_folders(root, file, split), root, classes, use_ignored, of_split(root, split))
+    out = c.out
     for n,r in enumerate(d['images']): c.tried(f'images[{n}]', c.image, n, r)
     for n,a in enumerate(d['annotations']):
         try: c.annotation(a)
@@ -305,11 +314,11 @@ _annotation_folders = ('Annotations','annotations','Annotation','annotation','la
 _picture_folders = ('JPEGImages','images','Images','JPEGimages','imgs','img','data')
 
 def _has(folder, suffix)->bool:
-    return folder.is_dir() and any(next(folder.glob(p), None) for p in (f'*{suffix}', f'*/*{suffix}'))
+    return folder.is_dir() and any(next(visible(folder, p), None) for p in (f'*{suffix}', f'*/*{suffix}'))
 
 def _is_voc(folder)->bool:
     "Whether the first XML file there is VOC's."
-    first = min([*folder.glob('*.xml'), *folder.glob('*/*.xml')], default=None)
+    first = min([*visible(folder, '*.xml'), *visible(folder, '*/*.xml')], default=None)
     try: return first is not None and voc_root(first) is not None
     except InputError: return False
 
@@ -318,7 +327,7 @@ def voc_splits(root:Path)->dict:
     ann = next((root/n for n in _annotation_folders if _has(root/n, '.xml')
         and (n in ('Annotations','annotations') or _is_voc(root/n))), None)
     for pattern in ('ImageSets/Main/*.txt', 'ImageSets/*.txt', '*.txt'):
-        out = {f.stem:f for f in sorted(root.glob(pattern))}
+        out = {f.stem:f for f in sorted(visible(root, pattern))}
         if pattern=='*.txt':
             out = {k:f for k,f in out.items() if is_split(k) and (ann or '.xml' in read_text(f)[:4000])}
         elif not ann and not (root/'Annotations').is_dir(): out = {}
@@ -326,12 +335,12 @@ def voc_splits(root:Path)->dict:
         out = {k:f for k,f in out.items() if not ('_' in k and k.rsplit('_',1)[1] in out)}
         if out: return out
     for d in sorted(p for p in root.iterdir() if p.is_dir() and is_split(p.name)):
-        own = next((x for x in (d, *(d/n for n in _annotation_folders)) if next(x.glob('*.xml'), None)), None)
+        own = next((x for x in (d, *(d/n for n in _annotation_folders)) if next(visible(x, '*.xml'), None)), None)
         if own: out[d.name] = own
     if ann and not out:
         out = {d.name:d for d in sorted(ann.iterdir()) if d.is_dir() and is_split(d.name) and _has(d, '.xml')}
     # XML of another kind is for `foreign` to name
-    return out or (dict(all=ann) if ann else dict(all=root) if next(root.glob('*.xml'), None) and _is_voc(root)
+    return out or (dict(all=ann) if ann else dict(all=root) if next(visible(root, '*.xml'), None) and _is_voc(root)
         else {})
 
 # %% ../nbs/03d_formats.ipynb #g022a
@@ -418,7 +427,8 @@ class _VocPictures(Pictures):
         self.base, self.places = base, {}
         for top in self.folders:
             for d, below, files in os.walk(top):
-                if top==self.root: below.clear()                               # what lies deeper is another folder's
+                # below the root: another folder's
+                below[:] = [] if top==self.root else [b for b in below if b[0]!='.']
                 rel = os.path.relpath(d, top)
                 for f in sorted(files):
                     stem, suffix = os.path.splitext(f if rel=='.' else os.path.join(rel, f))
@@ -485,7 +495,8 @@ def read_voc(
     ann = where if where.is_dir() else next((root/n for n in _annotation_folders if _has(root/n, '.xml')),
         root/'Annotations')
     if where.is_dir():
-        entries = [(shown(f), f, None) for f in sorted(where.rglob('*.xml') if where!=root else where.glob('*.xml'))]
+        entries = [(shown(f), f, None) for f in sorted(visible(where, '**/*.xml') if where!=root
+            else visible(where, '*.xml'))]
     else: entries = voc_entries(where, root, ann, faults)
     pictures = _VocPictures(root, ann, voc_folders(root, where, ann), of_split(root, split))
     if entries and not pictures.places and not pictures.by_name:
@@ -498,7 +509,8 @@ def read_voc(
     if not classes:
         folders = [ann] if where.is_file() else [d for d in voc_splits(root).values() if d.is_dir()] or [where]
         mine = {x for _,x,_ in entries}
-        others = (f for d in folders for f in (d.rglob('*.xml') if d!=root else d.glob('*.xml')) if f not in mine)
+        others = (f for d in folders for f in (visible(d, '**/*.xml') if d!=root else visible(d, '*.xml'))
+            if f not in mine)
         classes = sorted({n for *_,objects in parsed.values() for n,_,_ in objects} | set(voc_classes(others)))
     out = _voc_annotations(entries, parsed, pictures, classes, use_ignored, faults)
     check_faults(shown(where), faults)
@@ -525,8 +537,8 @@ def _voc_file(x, pictures, one_based):
 # %% ../nbs/03d_formats.ipynb #g027
 def crowdhuman_splits(root:Path)->dict:
     "Split -> odgt file of a CrowdHuman folder."
-    return {f.stem.removeprefix('annotation_'):f for f in sorted([*root.glob('annotations/*.odgt'),
-        *root.glob('*.odgt')])}
+    return {f.stem.removeprefix('annotation_'):f for f in sorted([*visible(root, 'annotations/*.odgt'),
+        *visible(root, '*.odgt')])}
 
 def crowdhuman_object(g, where, box, out, use_ignored=False):
     "Check and add one entry of `gtboxes`."
@@ -633,8 +645,8 @@ def _darknet_splits(root, file)->dict:
 # %% ../nbs/03d_formats.ipynb #g031
 def yolo_splits(root:Path)->dict:
     "Split -> `YoloSplit` of a YOLO folder."
-    for files, read in ((sorted([*root.glob('*.yaml'), *root.glob('*.yml')]), _yaml_splits),
-        (sorted(root.glob('*.data')), _darknet_splits)):
+    for files, read in ((sorted([*visible(root, '*.yaml'), *visible(root, '*.yml')]), _yaml_splits),
+        (sorted(visible(root, '*.data')), _darknet_splits)):
         for f in files:
             if (out := read(root, f)): return out
     listed = next((f for f in (root/'classes.txt', root/'obj.names', root/'labels'/'classes.txt') if f.is_file()),
@@ -649,12 +661,12 @@ def yolo_splits(root:Path)->dict:
         return {}
     names = {k:n.strip() for k,n in enumerate(read_text(listed).splitlines()) if n.strip()}
     split = lambda d: YoloSplit(listed, names, [d])
-    for found in ({d.name:d for d in sorted(root.glob('images/*')) if d.is_dir() and is_split(d.name)},
-                  {d.parent.name:d for d in sorted(root.glob('*/images')) if is_split(d.parent.name)}):
+    for found in ({d.name:d for d in sorted(visible(root, 'images/*')) if d.is_dir() and is_split(d.name)},
+                  {d.parent.name:d for d in sorted(visible(root, '*/images')) if is_split(d.parent.name)}):
         if found and labels: return {k:split(d) for k,d in found.items()}
     if labels and (root/'images').is_dir(): return dict(all=split(root/'images'))
     beside = any(f.name not in ('classes.txt','labels.txt') and f.with_suffix(s).is_file()
-        for f in itertools.islice(sorted(root.glob('*.txt')), 50) for s in SUFFIXES[:5])
+        for f in itertools.islice(sorted(visible(root, '*.txt')), 50) for s in SUFFIXES[:5])
     return dict(all=split(root)) if beside else {}
 
 # %% ../nbs/03d_formats.ipynb #g031a
@@ -663,8 +675,7 @@ def yolo_pictures(parts, root, faults)->list:
     out = []
     for p in parts:
         if p.is_dir():
-            out += [Path(d)/f for d, below, fs in os.walk(p) for f in sorted(fs) if f.lower().endswith(SUFFIXES)
-                and f[0]!='.']
+            out += [f for f in visible(p, '**/*') if f.suffix.lower() in SUFFIXES and f.is_file()]
         elif p.is_file():
             look = Pictures(root, [p.parent, root, root/'images'])
             for n,line in enumerate(read_text(p).splitlines(), 1):
@@ -758,20 +769,20 @@ def foreign(root:Path)->str:
     "What else a folder holds, and what helps; or nothing."
     near = [root, *sorted(p for p in root.iterdir() if p.is_dir() and p.name[0]!='.')][:20]
     for d in near:
-        for f in itertools.islice(sorted(d.glob('*.json')), 3):
+        for f in itertools.islice(sorted(visible(d, '*.json')), 3):
             try: kind = _json_kind(read_json(read_text(f), f)) if f.stat().st_size<2**28 else ''
             except InputError as e: kind = f'a JSON file that cannot be read: {e}'
             if kind: return f'{shown(f.name)} is of {kind}' if not kind.startswith('a ') else kind
-        for f in itertools.islice(sorted(d.glob('*.xml')), 1):
+        for f in itertools.islice(sorted(visible(d, '*.xml')), 1):
             try: voc_root(f)
             except InputError as e: return str(e)
-        for f in itertools.islice(sorted(d.glob('*.csv')), 1):
+        for f in itertools.islice(sorted(visible(d, '*.csv')), 1):
             head = read_text(f).splitlines()[:1]
             if head and len(next(csv.reader(head)))>=4:
                 return f'{shown(f.name)} is a table (CSV); Roboflow or FiftyOne turn it into COCO JSON, or write its rows as annotations: image_id, category_id, bbox'
         for suffix, what in (('.tfrecord','TensorFlow records'), ('.parquet','Parquet tables'),
             ('.mat','MATLAB files')):
-            if next(d.glob(f'*{suffix}'), None):
+            if next(visible(d, f'*{suffix}'), None):
                 return f'{shown(d.name)} holds {what}; export the data set as COCO JSON'
     if not any(f.suffix.lower() in SUFFIXES for d in near for f in itertools.islice(d.iterdir(), 2000)): return ''
     return 'there are pictures but no annotations that are read (--help lists them)'

@@ -457,3 +457,11 @@ def test_another_splits_picture_is_never_guessed(tmp_path):
     root = write_coco(tmp_path, coco(['0.png','1.png'])); text(root/'annotations/instances_val.json', coco(['0.png'])); (root/'images').mkdir()
     complains(root, 'image 0.png is not in', 'train/0.png is in the folder of another split', split='val')
     picture(root/'images/more/0.png', 80); assert found(root, 'val')[0][0]==80 and [x for x,*_ in found(root)]==[0,40]
+
+@pytest.mark.parametrize('layout', [label_studio_yolo, fiftyone, cvat, cvat_yolo, labelimg, roboflow_voc, roboflow_yolo, ultralytics, kaggle_voc, picture_list, single_json, odgt], ids=lambda f: f.__name__)
+def test_hidden_files_are_nobodys(tmp_path, layout):
+    "macOS leaves a `._x` beside every x, notebooks keep copies."
+    split = layout(tmp_path) or 'train'
+    for f in [p for p in tmp_path.rglob('*') if p.is_file()]:
+        f.with_name(f'._{f.name}').write_bytes(b'\0\5\x16\7\xff'); (f.parent/'.ipynb_checkpoints').mkdir(exist_ok=True); (f.parent/'.ipynb_checkpoints'/f.name).write_bytes(f.read_bytes().replace(b'cat', b'old'))
+    assert [b for *_,b in found(tmp_path, split)]==[b for *_,b in RIGHT] and load_dataset(tmp_path, split).classes[0] in ('cat','person')
