@@ -148,7 +148,7 @@ from .geometry import InputError
 from .losses import uncounted
 from .methods import method_class, method_options
 from .files import error_text
-from .data import Items, LoaderDied, eval_transforms, load_dataset, make_loader, need_objects, opening, train_transforms
+from .data import Items, LoaderDied, eval_transforms, load_dataset, make_loader, drawing, need_objects, opening, train_transforms
 from .detector import Detector, load_detector, save_weights
 from .evaluate import Parser, coco_table, evaluate_coco, nobody_reads, parse_pair, pick_device, predict_dataset, underscored
 from ala_nb.processes import (anyone, average, everyone, first_does, hold, is_main, leave, parallel, rank, same_buffers, together,
@@ -889,8 +889,9 @@ def save_pictures(run:Run) -> None:
         images, targets = to_device(*zip(*take(Items(busy, look, train=True), with_objects(busy, 4))), run.device)
         out, preds = model.assign(images, targets, progress=1.)
     name = 'pos' if 'pos' in out.weights else next(iter(out.weights))
-    figures = dict(curves=show.curves(run.table.path), assignment=show.show_assignment(out, preds, images, name=name),
-                   predictions=show.prediction_grid([i for i,_ in some], [t for _,t in some], found, ds.classes))
+    with drawing(ds.classes) as names:                               # in a font that has their letters
+        figures = dict(curves=show.curves(run.table.path), assignment=show.show_assignment(out, preds, images, name=name),
+                       predictions=show.prediction_grid([i for i,_ in some], [t for _,t in some], found, names))
     for name,figure in figures.items(): write_atomic(run.path/f'{name}.png', lambda p: figure.savefig(p, format='png'))
 
 def finish(run:Run, log=say) -> None:
