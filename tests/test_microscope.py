@@ -20,6 +20,12 @@ def browser():
 def file(tmp_path_factory):
     return M.write_page(tmp_path_factory.mktemp('page')/'all.html', M.page(M.snapshot_data(images=IMAGES, moments=MOMENTS)))
 
+def test_the_committed_page_is_up_to_date():
+    page = Path(__file__).parent.parent/'microscope.html'
+    for name in ('microscope.js', 'microscope.css'):
+        assert (S.FOLDER/name).read_text(encoding='utf-8') in page.read_text(encoding='utf-8'), 'run: python -m ala_nb.microscope --out microscope.html'
+    assert page.stat().st_size < M.LIMIT
+
 def opened(browser, file, width=1366, height=768, scheme='light'):
     "A page without a network; what it said and asked for is in `said`."
     context = browser.new_context(viewport=dict(width=width, height=height), color_scheme=scheme, offline=True)
