@@ -141,23 +141,30 @@ class AutoAssign(Method):
         self.centre_loss = (variant == 'released' and learned) if centre_loss is None else centre_loss
         self.add_prior(1 if centre == 'shared' else self.num_classes, learned)
 
-    def add_prior(self, k:int, learned:bool):
-        "μ and σ (k, 2), x then y, in strides: parameters, or constants."
-        add = self.register_parameter if learned else self.register_buffer
-        kind = nn.Parameter if learned else torch.Tensor
-        add('mu', kind(torch.zeros(k, 2))); add('sigma', kind(torch.ones(k, 2)))
+# %% ../nbs/08_autoassign.ipynb #c025b
+@patch
+def add_prior(self:AutoAssign, k:int, learned:bool):
+    "μ and σ (k, 2), x then y, in strides: parameters, or constants."
+    add = self.register_parameter if learned else self.register_buffer
+    kind = nn.Parameter if learned else torch.Tensor
+    add('mu', kind(torch.zeros(k, 2))); add('sigma', kind(torch.ones(k, 2)))
 
 # %% ../nbs/08_autoassign.ipynb #c027
+@patch
+@torch.no_grad()
+def best(self:AutoAssign, preds:Predictions, pairs:Pairs)->Tensor:
+    "Best IoU (E,) of each pair's location with any object of the image, or with those around the location."
+    if self.other_objects: return best_iou(preds, pairs.objects).view(-1).index_select(0, pairs.cell)
+    around, = pairs.in_chunks(lambda sub: (distance_iou(sub.distances(preds), sub.targets),), self.chunk)
+    best = around.new_zeros(preds.n_images*preds.n_locations).scatter_reduce_(0, pairs.cell, around, 'amax')
+    return best.index_select(0, pairs.cell)
+
 @patch
 @torch.no_grad()
 def negatives(self:AutoAssign, preds:Predictions, pairs:Pairs):
     "w⁻ of every pair (E,), and whether it stands (E,) 0 or 1: as released the last of a class, else the smallest."
     if not self.negative_weighting: return torch.ones_like(pairs.stride), torch.ones_like(pairs.stride)
-    if self.other_objects: best = best_iou(preds, pairs.objects).view(-1)
-    else:
-        around, = pairs.in_chunks(lambda sub: (distance_iou(sub.distances(preds), sub.targets),), self.chunk)
-        best = around.new_zeros(preds.n_images*preds.n_locations).scatter_reduce_(0, pairs.cell, around, 'amax')
-    w = negative_weights(pairs, best.index_select(0, pairs.cell))
+    w = negative_weights(pairs, self.best(preds, pairs))
     stands = pairs.best_of_class(-w) if self.variant == 'paper' else pairs.last_of_class()
     return w, stands.to(w)
 
@@ -197,4 +204,19 @@ def assign(self:AutoAssign, preds, objects, progress):
     if self.centre_loss: losses['loss_center'] = self.centre_weight*center_loss(prior, objects)
     if self.objectness == 'explicit':
         losses['loss_obj'] = explicit_objectness(preds.obj_logits, pairs, gamma=self.gamma)
-    return Assignment(losses, pairs, dict(pos=w_pos, neg=w_neg))
+    return Assignment(losses, pairs, dict(pos=w_pos, neg=w_neg), lambda: self.explain(preds, pairs, obj, table.logits))
+
+# %% ../nbs/08_autoassign.ipynb #c0why
+@patch
+def explain(self:AutoAssign, preds, pairs, obj_logits, cls_logits):
+    "Factors, formulas and constants behind the weights."
+    obj, dist, targets = None if obj_logits is None else pairs.gather(obj_logits[:,None])[0], pairs.distances(preds), pairs.targets
+    mu, sigma = (x.to(dist.dtype).expand(self.num_classes, 2)[pairs.objects.labels] for x in (self.mu, self.sigma))
+    factors = dict(score=scores(cls_logits, obj)[0], giou=distance_giou(dist, targets), prior=pairs.gaussian(mu, sigma))
+    seen = dict(joint='exp(confidence/tau)', cls='exp(score/tau)', loc='exp(loc/tau)', none='1')[self.confidence]
+    trust = seen + '*prior'*(self.centre != 'none')
+    formula = dict(loc='exp(-lam*(1 - giou))', confidence='score*loc', pos=f'share({trust})')
+    if not self.negative_weighting: return factors, formula | dict(neg='1 + 0*pos'), dict(lam=self.reg_weight, tau=self.tau)
+    factors['best_iou'] = self.best(preds, pairs)
+    formula |= dict(near='1/max(1 - best_iou, 1e-12)', neg='(best(near) - near)/(best(near) - least(near) + 1e-12)')
+    return factors, formula, dict(lam=self.reg_weight, tau=self.tau)

@@ -232,6 +232,7 @@ def bags(self:DW,
     weights = pos, once*neg.detach(), reg, torch.ones_like(pos) if p_neg is None else p_neg, iou
     return *(pairs.sum(x) for x in (yes, no, outside, reg*(1-giou))), *weights
 
+# %% ../nbs/09_dw.ipynb #c041b
 @patch
 def divisors(self:DW, preds:Predictions, pairs:Pairs, stands:Tensor, reg:Tensor, p_neg:Tensor):
     "As released: of the positive and the negative terms."
@@ -285,6 +286,7 @@ def coupled_rule(self:DW)->dict:
     neg = neg.get(self.weighting, '(score - target)**2*(1 - target)')
     return dict(target=t, pos=f'{pos}*prior', neg=neg)
 
+# %% ../nbs/09_dw.ipynb #c0whyb
 @patch
 def dual_rule(self:DW)->dict:
     "Formulas of dual weighting, and of AutoAssign's weights in its place (Table 6)."

@@ -185,6 +185,7 @@ class _Negatives(torch.autograd.Function):
         by_obj, = ctx.saved_tensors
         return None, g, None if by_obj is None else by_obj*g, None
 
+# %% ../nbs/30_kernels.ipynb #c021b
 class FusedTable:
     "What `losses.ClassTable` is made of where the kernel serves."
     def __init__(self,
