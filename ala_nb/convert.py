@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CAFFE', 'BY_CLASS', 'ANCHORS', 'FORMS', 'CAFFE_FORMS', 'BLOCKS', 'GROUPED', 'LOGS', 'guess_form', 'which_resnet',
-           'detector_options', 'Inert', 'read_checkpoint', 'class_names', 'convert_state', 'convert', 'main']
+           'which_swin', 'detector_options', 'Inert', 'read_checkpoint', 'class_names', 'convert_state', 'convert',
+           'main']
 
 # %% ../nbs/22_convert.ipynb #v002
 import contextlib, json, re, sys
@@ -71,6 +72,15 @@ def which_resnet(
     if name is None: raise InputError(f"the backbone's 3x3 convolutions are {tuple(first.shape)}, which is none of our ResNeXts (64x4d, 32x8d)")
     return name, tuple(i+1 for i in (1,2,3,4) if f'body.layer{i}.0.conv2.conv_offset.weight' in state)
 
+def which_swin(
+    state:dict, # name -> tensor, our names
+)->str:
+    "The Swin Transformer by its blocks and its width."
+    blocks, width = len({k.split('.')[3] for k in state if k.startswith('body.features.5.')}), state['body.features.0.0.weight'].shape[0]
+    name = {(6,96): 'swin_t', (18,96): 'swin_s', (18,128): 'swin_b'}.get((blocks, width))
+    if name is None: raise InputError(f"the backbone is a Swin Transformer of {width} channels with {blocks} blocks in its third stage, which is none of ours (swin_t, swin_s, swin_b)")
+    return name
+
 def detector_options(
     state:dict, # name -> tensor, our names
     form:str,   # a name of FORMS
@@ -78,13 +88,14 @@ def detector_options(
 )->dict: # options of `Detector`
     "The detector that these weights belong to."
     o = json.loads(json.dumps(FORMS[choice('--form', form, tuple(FORMS))]))
-    o['backbone'], deformable = which_resnet(state)
-    if style is None:
+    swin = 'body.features.0.0.weight' in state
+    o['backbone'], deformable = (which_swin(state), ()) if swin else which_resnet(state)
+    if style is None or swin:
         bottleneck, grouped = 'body.layer1.0.conv3.weight' in state, 'resnext' in o['backbone']
-        style = 'caffe' if folded_statistics({k: v for k,v in state.items() if k.startswith('body.')}) and bottleneck or form in CAFFE_FORMS and not grouped else 'pytorch'
+        style = 'caffe' if folded_statistics({k: v for k,v in state.items() if k.startswith('body.')}) and bottleneck or form in CAFFE_FORMS and not grouped and not swin else 'pytorch'
     if style == 'caffe': o.update(CAFFE)
-    o['backbone_options'] = dict(style=style, deformable=list(deformable)) if deformable else dict(style=style)
-    o['norm'] = 'frozen' if style == 'caffe' or form == 'torchvision' else 'eval'
+    o['backbone_options'] = {} if swin else dict(style=style, deformable=list(deformable)) if deformable else dict(style=style)
+    o['norm'] = 'own' if swin else 'frozen' if style == 'caffe' or form == 'torchvision' else 'eval'
     need = ('head.cls.weight', 'head.box_tower.0.weight', 'pyramid.fpn.inner_blocks.0.0.weight', 'pyramid.fpn.extra_blocks.convs.0.weight')
     for k in need:
         if k not in state: raise InputError(f"the weights hold no {k} (our name); is this a whole detector with a pyramid?")
@@ -162,7 +173,7 @@ def convert_state(
     left += [k for k in ours if k not in own and not k.endswith('num_batches_tracked')]
     wrong = next((k for k,v in own.items() if k in ours and ours[k].shape != v.shape), None)
     if wrong: raise InputError(f"{wrong}: {tuple(ours[wrong].shape)} in the checkpoint, {tuple(own[wrong].shape)} in form {form}; give another --form")
-    missing = [k for k in own if k not in ours and not k.endswith('num_batches_tracked')]
+    missing = [k for k in own if k not in ours and not k.endswith(('num_batches_tracked','relative_position_index')) and k not in ('body.norms.0.weight','body.norms.0.bias')]
     if missing: raise InputError(f"form {form} needs {len(missing)} tensors that the checkpoint does not have, first {missing[0]}; give another --form")
     model.load_state_dict({**own, **{k: v for k,v in ours.items() if k in own}})
     for k in ('mean','std'): setattr(model, k, torch.tensor(model.config[k], dtype=model.mean.dtype).view(3,1,1))   # of float64 weights not rounded to float32

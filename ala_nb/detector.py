@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'RESNETS', 'STYLES', 'TRANSFORMERS', 'USUAL', 'BACKBONES', 'EXP_MAX', 'SIZE_MAX', 'MEAN', 'STD', 'NAMES',
-           'MARKS', 'WHOLE', 'INFERENCE', 'full', 'group_norm', 'EvalBatchNorm', 'norm_layer', 'Body', 'DeformConv',
-           'deform_stages', 'ResNetBody', 'TinyBody', 'TinyBlock', 'StagedBody', 'OwnBody', 'check_body', 'TimmNet',
-           'usual_options', 'make_body', 'ExtraLevels', 'Pyramid', 'check_strides', 'prior_bias', 'tower',
+           'MARKS', 'SWIN_PARTS', 'WHOLE', 'INFERENCE', 'full', 'group_norm', 'EvalBatchNorm', 'norm_layer', 'Body',
+           'DeformConv', 'deform_stages', 'ResNetBody', 'TinyBody', 'TinyBlock', 'StagedBody', 'OwnBody', 'check_body',
+           'TimmNet', 'usual_options', 'make_body', 'ExtraLevels', 'Pyramid', 'check_strides', 'prior_bias', 'tower',
            'init_normal', 'anchor_distances', 'sample_planes', 'refine_distances', 'PropertyBranch', 'Head', 'padded',
            'check_images', 'batch_images', 'check_targets', 'top_scores', 'likely_scores', 'detections', 'made_by',
-           'our_names', 'read_weights', 'imagenet_weights', 'folded_statistics', 'check_style', 'take_weights', 'whole',
-           'fraction', 'colours', 'options_dict', 'named', 'settle', 'as_tuple', 'make_method', 'method_config',
-           'set_head', 'backbone_config', 'Detector', 'resized', 'detect_scales', 'save_weights', 'read_config',
-           'check_header', 'load_detector']
+           'our_names', 'swin_name', 'swin_names', 'read_weights', 'imagenet_weights', 'folded_statistics',
+           'check_style', 'take_weights', 'whole', 'fraction', 'colours', 'options_dict', 'named', 'settle', 'as_tuple',
+           'make_method', 'method_config', 'set_head', 'backbone_config', 'Detector', 'resized', 'detect_scales',
+           'save_weights', 'read_config', 'check_header', 'load_detector']
 
 # %% ../nbs/05_detector.ipynb #c002
 import contextlib, dataclasses, importlib, inspect, json, math, os, re, tempfile, warnings
@@ -709,6 +709,9 @@ def our_names(
 ): # name -> tensor, under our names; names that have no place here
     "The weights of another program's detector under our names."
     out, left, scales = {}, [], {}
+    if 'backbone.patch_embed.projection.weight' in state:
+        body = swin_names({k.removeprefix('backbone.'): v for k,v in state.items() if k.startswith('backbone.')})
+        state = {f'backbone.{k}': v for k,v in body.items()} | {k: v for k,v in state.items() if not k.startswith('backbone.')}
     for k,v in state.items():
         name = next((re.sub(p, r, k, count=1) for p,r in NAMES[source] if re.match(p, k)), None)
         if name is not None and source == 'cvpods':                    # detectron2's blocks: conv1.norm for bn1, shortcut for downsample
@@ -722,6 +725,31 @@ def our_names(
         m = re.match(r'pyramid\.fpn\.layer_blocks\.(\d)\.0\.(.*)', k)
         return f'pyramid.fpn.extra_blocks.convs.{int(m[1])-n}.{m[2]}' if m and int(m[1]) >= n else k
     return {extra(k): v for k,v in out.items()}, left
+
+# %% ../nbs/05_detector.ipynb #c058e
+SWIN_PARTS = (('attn.w_msa.','attn.'), ('ffn.layers.0.0.','mlp.0.'), ('ffn.layers.1.','mlp.3.'), ('mlp.fc1.','mlp.0.'), ('mlp.fc2.','mlp.3.'))
+
+def swin_name(k:str): # our name, or None: it has no place here
+    "torchvision's name of a Swin Transformer's tensor, from its authors' or mmdetection's."
+    if 'relative_position_index' in k or 'attn_mask' in k: return None
+    if m := re.fullmatch(r'patch_embed\.(proj|projection|norm)\.(\w+)', k): return f"features.0.{2 if m[1] == 'norm' else 0}.{m[2]}"
+    if m := re.fullmatch(r'(?:layers|stages)\.(\d)\.downsample\.(.+)', k): return f'features.{2*int(m[1])+2}.{m[2]}'
+    if m := re.fullmatch(r'(?:layers|stages)\.(\d)\.blocks\.(\d+)\.(.+)', k):
+        part = m[3]
+        for a,b in SWIN_PARTS: part = part.replace(a, b)
+        return f'features.{2*int(m[1])+1}.{m[2]}.{part}'
+    if m := re.fullmatch(r'norm(\d)\.(\w+)', k): return f'norms.{m[1]}.{m[2]}'
+
+def swin_names(
+    state:dict, # name -> tensor, of a Swin backbone; others are returned as they are
+)->dict: # name -> tensor, torchvision's names
+    "A Swin Transformer's weights under torchvision's names and in its order."
+    if not any(k.startswith('patch_embed.') for k in state): return state
+    unfold = any('w_msa' in k for k in state)            # mmdetection: channel first, then the neighbours row by row
+    def ordered(k, v):
+        if not unfold or '.downsample.' not in k: return v
+        return v.view(*v.shape[:-1], -1, 4)[...,[0,2,1,3]].transpose(-1,-2).reshape(v.shape)
+    return {name: ordered(k, v) for k,v in state.items() if (name := swin_name(k))}
 
 # %% ../nbs/05_detector.ipynb #c059
 def read_weights(
@@ -741,7 +769,7 @@ def read_weights(
     if source := made_by(state): return our_names(state, source)[0]
     for prefix in ('backbone.body.','backbone.'):                       # of other detectors only their backbone
         if any(k.startswith(prefix) for k in state): return {k.removeprefix(prefix): v for k,v in state.items() if k.startswith(prefix)}
-    return state
+    return swin_names(state)
 
 def imagenet_weights(
     backbone:str, # one of RESNETS or TRANSFORMERS, or 'timm:NAME'

@@ -1,5 +1,5 @@
 "Published detectors: our numbers are the official ones (kept by scripts/official.py), and what cannot be converted is refused in a line."
-import importlib.util, sys, types
+import importlib.util, re, sys, types
 from pathlib import Path
 import numpy as np, pytest, torch
 from ala_nb import convert as C
@@ -102,3 +102,30 @@ def test_names_of_other_programs():
     found, left = our_names(atss, made_by(atss))
     assert not left and {'body.bn1.weight', 'body.layer2.0.downsample.1.weight', 'pyramid.fpn.inner_blocks.0.0.weight', 'pyramid.fpn.extra_blocks.convs.0.bias', 'head.box_tower.0.weight',
                          'head.scales', 'head.third.bias'} == set(found)
+
+def test_swin_checkpoint_of_mmdetection():
+    "A detector with mmdetection's Swin names, merging weights in its order: what comes out has ours, and the first map's normalisation (not used by o2f) may be missing."
+    from ala_nb.detector import StagedBody, swin_names
+    torch.manual_seed(0)
+    model = Detector('o2f', 'swin_t', 3, channels=64, head_convs=1); own = model.state_dict()
+    def theirs(k, v):
+        if not k.startswith('body.'): return None
+        k = k[5:]
+        if 'position_index' in k: return None
+        for i in (2, 4, 6): k = k.replace(f'features.{i}.', f'stages.{i//2-1}.downsample.')
+        for i in (1, 3, 5, 7): k = k.replace(f'features.{i}.', f'stages.{i//2}.blocks.')
+        for a, b in (('features.0.0.', 'patch_embed.projection.'), ('features.0.2.', 'patch_embed.norm.'), ('.attn.', '.attn.w_msa.'), ('.mlp.0.', '.ffn.layers.0.0.'), ('.mlp.3.', '.ffn.layers.1.')): k = k.replace(a, b)
+        for i in range(4): k = k.replace(f'norms.{i}.', f'norm{i}.')
+        if 'downsample' in k: v = v.view(*v.shape[:-1], 4, -1)[..., [0, 2, 1, 3], :].transpose(-1, -2).reshape(v.shape)
+        return None if k.startswith('norm0') else (f'backbone.{k}', v)
+    state = dict(filter(None, (theirs(k, v) for k, v in own.items())))
+    for k, v in own.items():
+        if m := re.match(r'pyramid\.fpn\.(inner|layer)_blocks\.(\d)\.0\.(.*)', k): state[f"neck.{dict(inner='lateral', layer='fpn')[m[1]]}_convs.{m[2]}.conv.{m[3]}"] = v
+        elif m := re.match(r'pyramid\.fpn\.extra_blocks\.convs\.(\d)\.(.*)', k): state[f'neck.fpn_convs.{int(m[1])+3}.conv.{m[2]}'] = v
+        elif m := re.match(r'head\.(cls|box|third)_tower\.(\d)\.(.*)', k):
+            what, i = dict(cls='cls', box='reg', third='centerness')[m[1]], int(m[2]); state[f"bbox_head.{what}_convs.{i//3}.{'gn' if i%3 else 'conv'}.{m[3]}"] = v
+        elif m := re.match(r'head\.(cls|box|third)\.(.*)', k): state[f"bbox_head.conv_{dict(cls='cls', box='reg', third='centerness')[m[1]]}.{m[2]}"] = v
+        elif k == 'head.scales': state |= {f'bbox_head.scales.{i}.scale': s for i, s in enumerate(v)}
+    again, left = C.convert_state(state)
+    assert not left and again.config['method'] == 'o2f' and again.config['backbone'] == 'swin_t' and again.config['norm'] == 'own'
+    for k, v in again.state_dict().items(): assert 'norms.0' in k or torch.equal(v, own[k]), k
