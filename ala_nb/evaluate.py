@@ -419,7 +419,8 @@ def add_inference(p, batch_size=8):
     "The options that `evaluate` and `predict` share."
     g = p.add_argument_group('detections')
     g.add_argument('--checkpoint', choices=('best','last'), default='best', help='which weights of the run [best]')
-    g.add_argument('--method', metavar='NAME', help="where the run's method is found now, if its class has moved: package.module:Class [the run's]")
+    g.add_argument('--method', metavar='NAME',
+        help="where the run's method is found now, if its class has moved: package.module:Class [the run's]")
     g.add_argument('--nms', action=argparse.BooleanOptionalAction, default=None,
         help="with or without non-maximum suppression [the method's own]")
     g.add_argument('--nms_threshold', type=_share, metavar='IOU', help="boxes of a class that overlap more are thinned out [the run's]")

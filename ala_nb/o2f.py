@@ -50,7 +50,7 @@ def match_one_to_one(
         free = np.setdiff1d(np.arange(len(points)), cells[cols[good]])
         if len(left) and len(free):
             far = np.square(points[free] - (boxes[left,None,:2]+boxes[left,None,2:])/2).sum(-1)       # (left, free)
-            if len(left) < len(free):                                    # each needs no more than its `len(left)` nearest
+            if len(left) < len(free):                                # each needs no more than its `len(left)` nearest
                 near = np.unique(far.argpartition(len(left)-1, 1)[:,:len(left)])
                 free, far = free[near], far[:,near]
             rows, cols = linear_sum_assignment(far)
@@ -159,6 +159,7 @@ class OneToFew(Method):
         match:str='multiply',      # or 'add' (Table 4)
         radius:float=1.5,          # half side of the centre region, strides
         ambiguous_weight:float=None, # weight of the ambiguous terms; None: 0.4 released, 1 paper
+        box_weight:float=None,     # of the GIoU loss; None: 2 released, 1 paper
         third_convs:int=3,         # extra convolutions of the objectness branch (Table 5)
         focal_alpha:float=.25, focal_gamma:float=2., # α and γ of the focal negatives
     ):
@@ -171,8 +172,10 @@ class OneToFew(Method):
         self.t_max, self.t_min = in_range('t_max', t_max, 0, 1), in_range('t_min', t_min, 0, 1)
         self.t = None if t is None else in_range('t', t, 0, 1)
         self.alpha, self.radius = in_range('alpha', alpha, 0, 1), in_range('radius', radius, 0, 1e3)
-        usual = .4 if variant=='released' else 1.
-        if ambiguous_weight is None: ambiguous_weight = usual
+        released = variant == 'released'
+        if ambiguous_weight is None: ambiguous_weight = .4 if released else 1.
+        if box_weight is None: box_weight = 2. if released else 1.
+        self.box_weight = in_range('box_weight', box_weight, 0, 1e3)
         self.ambiguous_weight = in_range('ambiguous_weight', ambiguous_weight, 0, 1e3)
         self.focal_alpha = in_range('focal_alpha', focal_alpha, 0, 1)
         self.focal_gamma = in_range('focal_gamma', focal_gamma, 0, 10)
@@ -204,8 +207,9 @@ def assign(self:OneToFew, preds, objects, progress):
     box = (1-distance_giou(dist, pairs.targets))*chosen
     if released:
         ctr = centerness(pairs.targets)*chosen
-        losses = dict(loss_cls=sure+soft+neg, loss_reg=2*(box*ctr).sum()/(normalizer(ctr.sum(), 0.) + EPSILON))
-    else: losses = dict(loss_certain=sure, loss_soft=soft, loss_neg=neg, loss_reg=box.sum())
+        n_box = normalizer(ctr.sum(), 0.) + EPSILON
+        losses = dict(loss_cls=sure+soft+neg, loss_reg=self.box_weight*(box*ctr).sum()/n_box)
+    else: losses = dict(loss_certain=sure, loss_soft=soft, loss_neg=neg, loss_reg=self.box_weight*box.sum())
     weights = dict(pos=certain+t, neg=1-certain-t, certain=certain, ambiguous=ambiguous, t=t)
     return Assignment(losses, pairs, weights, lambda: self.explain(score, iou, progress))
 
