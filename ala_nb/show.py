@@ -8,7 +8,7 @@ __all__ = ['PALETTE', 'CURVES', 'ALARM', 'SCALE', 'Picture', 'panels', 'as_array
            'operating_point', 'prediction_grid', 'nothing_to_show', 'read_rows', 'running_mean', 'draw_curve',
            'plain_log', 'curves', 'weight_scale', 'glow', 'draw_discs', 'draw_weights', 'object_number', 'bag', 'brief',
            'steps_of', 'around', 'weight_rows', 'show_weights', 'draw_best', 'compare_methods', 'pick_objects',
-           'relative', 'show_assignment', 'level_maps', 'show_options', 'control', 'weights_widget', 'main']
+           'relative', 'show_assignment', 'level_maps', 'show_options', 'main']
 
 # %% ../nbs/17_show.ipynb #c002
 import base64, csv, io, math
@@ -576,34 +576,6 @@ def show_options(
     "The weights of one object under a method with these options."
     with torch.no_grad(): out = builder(**options).to(preds.device)(preds, objects, progress)
     return show_weights(out, preds, image, obj, names, picture)
-
-# %% ../nbs/17_show.ipynb #c073
-def control(value):
-    "A slider from (low, high[, step[, start]]), a menu from a list, a box to tick from a bool; a widget as it is."
-    import ipywidgets as w
-    if isinstance(value, bool): return w.Checkbox(value)
-    if isinstance(value, list): return w.Dropdown(options=value)
-    if not isinstance(value, tuple): return value
-    if not 2 <= len(value) <= 4: raise InputError(f'sliders: {value} should be (low, high), (low, high, step) or (low, high, step, start)')
-    lo, hi, *rest = value; whole = all(isinstance(v, int) for v in value)
-    step = rest[0] if rest else max((hi-lo)//20, 1) if whole else (hi-lo)/20
-    kind = w.IntSlider if whole else w.FloatSlider
-    return kind(min=lo, max=hi, step=step, value=rest[1] if len(rest) > 1 else lo, continuous_update=False)
-
-def weights_widget(
-    builder,        # called with the options, returns a method
-    preds, objects, # Predictions and Objects of a batch
-    picture=None,   # the image, see `pixels`
-    sliders:dict=None, # option -> (low, high[, step[, start]]), a list of choices, or a bool; 'progress' and 'obj' may be among them
-    image:int=0, obj:int=0, # of the batch; of the image, to begin with
-    names=None,     # weights to show
-): # a widget, which a notebook displays
-    "`show_options` under sliders; without a front end it is a widget that nobody turns."
-    from ipywidgets import interactive
-    n = int((objects.image == image).sum()); sliders = dict(sliders or {})
-    if n > 1: sliders.setdefault('obj', (0, n-1, 1, obj))
-    def turn(**options): return show_options(builder, preds, objects, picture, image, options.pop('obj', obj), names, **options)
-    return interactive(turn, dict(manual=False, auto_display=True), **{k: control(v) for k,v in sliders.items()})
 
 # %% ../nbs/17_show.ipynb #c078
 def main(

@@ -345,20 +345,6 @@ def test_level_maps_show_each_value_at_its_location():
         png(show.level_maps(bad, preds, vmin=None, vmax=None))
     png(show.level_maps(bad, preds, images[0]))
 
-def test_widget_turns_the_plain_function():
-    pytest.importorskip('ipywidgets')
-    preds, objects, images, _ = batch((3,))
-    seen = []
-    def builder(**options): seen.append(options); return build('fcos', K, **options)
-    w = show.weights_widget(builder, preds, objects, images[0], dict(centre_sampling=(.5, 3., .5, 1.5), reg_loss=['giou', 'iou'], progress=(0., 1.)), names='pos')
-    assert [type(c).__name__ for c in w.children] == ['FloatSlider', 'Dropdown', 'FloatSlider', 'IntSlider', 'Output']
-    assert (w.children[3].min, w.children[3].max) == (0, 2)
-    w.children[0].value = 2.5; w.update()
-    assert seen[-1] == dict(centre_sampling=2.5, reg_loss='giou') and isinstance(w.result, Figure)
-    w.children[3].value = 2; w.update(); png(w.result)
-    assert [type(show.control(x)).__name__ for x in (True, [1], (1, 5), (0., 1.), (0, 1.))] == ['Checkbox', 'Dropdown', 'IntSlider', 'FloatSlider', 'FloatSlider']
-    one = batch((1,)); assert len(show.weights_widget(functools.partial(build, 'fcos', K), *one[:2]).children) == 1    # one object, nothing to turn
-
 @pytest.mark.cuda
 def test_tensors_on_a_gpu():
     preds, objects, images, targets = batch((3, 1))
