@@ -957,14 +957,16 @@ def _how(p)->str:
     number = -(p.exitcode or 0)
     name = signal.Signals(number).name if number>0 else f'exit code {p.exitcode}'
     why = {9:'most likely the machine ran out of memory; take fewer --workers or a smaller --batch_size',
-           7:'most likely /dev/shm is full; give the container more (docker run --shm-size=1g)'}.get(number, 'the reason is not known')
+           7:'most likely /dev/shm is full; give the container more (docker run --shm-size=1g)'}.get(number,
+               'the reason is not known')
     return f'a loading process ({p.pid}) was ended by {name}, {why}; --workers 0 loads without processes'
 
 def _leave_to_parent(_):
-    "Signals that ask for a stop go to a whole group of processes, and are for the main one, which then ends its workers."
+    """Signals that ask for a stop go to a whole group of processes, and are for the main one, which then ends its
+    workers."""
     for s in ('SIGINT','SIGTERM','SIGHUP','SIGUSR1'):
         if hasattr(signal, s): signal.signal(getattr(signal, s), signal.SIG_IGN)
-    sys.excepthook = lambda *error: None       # of the thread that hands over batches, whose reader may stop in the middle
+    sys.excepthook = lambda *error: None  # of the thread that hands over batches, whose reader may stop in the middle
 
 def _end_processes(processes):
     "Loading processes leave SIGTERM alone and have nothing to lose."
@@ -972,7 +974,8 @@ def _end_processes(processes):
 
 @contextmanager
 def _keep_sigchld():
-    "torch's handler of SIGCHLD would raise an error in the middle of a training step; a `Loader` looks for dead processes itself."
+    """torch's handler of SIGCHLD would raise an error in the middle of a training step; a `Loader` looks for dead
+    processes itself."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGCHLD'): yield; return
     old = signal.getsignal(signal.SIGCHLD)
     try: yield
@@ -993,7 +996,8 @@ class Loader(DataLoader):
             if isinstance(batch, str): raise InputError(batch)
             yield batch
     def received(self):
-        "What the loading processes send. `LoaderDied` if one of them has ended: noticed within seconds, and only where it is waited for."
+        """What the loading processes send. `LoaderDied` if one of them has ended: noticed within seconds, and only
+        where it is waited for."""
         before = set(multiprocessing.active_children())
         try:
             with _keep_sigchld(): batches = super().__iter__()
@@ -1005,13 +1009,15 @@ class Loader(DataLoader):
         self.processes = processes
         Finalize(self, _end_processes, (processes,), exitpriority=10)       # before multiprocessing waits for them
     def blame(self, e)->Exception:
-        "What is to be raised for an error on the way from the loading processes: `LoaderDied`, or the error itself where it is a mistake in a program."
+        """What is to be raised for an error on the way from the loading processes: `LoaderDied`, or the error itself
+        where it is a mistake in a program."""
         for p in self.processes: p.join(.1)
         dead = next((p for p in self.processes if not p.is_alive()), None)
         if dead is not None: return LoaderDied(_how(dead))
         if isinstance(e, RuntimeError) or isinstance(e, LoaderDied): return e
         what = (str(e).strip().splitlines() or [type(e).__name__])[-1]
-        return LoaderDied(f'the processes that load images do not work ({what}); take fewer --workers or a smaller --batch_size, --workers 0 needs none')
+        return LoaderDied(f'the processes that load images do not work ({what}); take fewer --workers or a smaller '
+                          f'--batch_size, --workers 0 needs none')
 
 # %% ../nbs/04_data.ipynb #c096f
 def make_loader(
@@ -1031,9 +1037,11 @@ def make_loader(
     if train: need_objects(ds)
     if workers: ds.prepare()
     order = BatchOrder(ds.sizes, batch_size, train, seed, group, drop_last, rank, world_size, only)
-    return Loader(Items(ds, transforms, seed, train), batch_sampler=order, collate_fn=send if workers else collate, num_workers=workers, pin_memory=pin_memory,
+    return Loader(Items(ds, transforms, seed, train), batch_sampler=order, collate_fn=send if workers else collate,
+                  num_workers=workers, pin_memory=pin_memory,
                   # its own generator: none of the model's chance is used up
-                  persistent_workers=workers>0, worker_init_fn=_leave_to_parent, generator=torch.Generator().manual_seed(0))
+                  persistent_workers=workers>0, worker_init_fn=_leave_to_parent,
+                  generator=torch.Generator().manual_seed(0))
 
 # %% ../nbs/04_data.ipynb #r011
 @functools.cache

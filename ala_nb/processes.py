@@ -25,13 +25,16 @@ def who() -> tuple: # number of this process, how many there are, its number on 
     if wrong: raise InputError(f'{wrong}={told[wrong]!r} in the environment is no number; torchrun sets it')
     if numbers.get('WORLD_SIZE', 1) == 1: return 0, 1, 0
     missing = [k for k in TOLD if k not in told]
-    if missing: raise InputError(f'WORLD_SIZE is {told["WORLD_SIZE"]}, but {missing[0]} is not set; start the processes with '
+    if missing:
+        raise InputError(f'WORLD_SIZE is {told["WORLD_SIZE"]}, but {missing[0]} is not set; start the processes with '
                                  f'torchrun --nproc_per_node {told["WORLD_SIZE"]} -m ala_nb.train ...')
     return numbers['RANK'], numbers['WORLD_SIZE'], numbers['LOCAL_RANK']
 
 def is_main() -> bool: return _me[0] == 0         # the process that writes and prints
 def rank() -> int: return _me[0]
-def world_size() -> int: "How many processes train together now."; return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def world_size() -> int:
+    "How many processes train together now."
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 # %% ../nbs/15c_processes.ipynb #c006
 def check_device(device:str, local:int) -> bool: # whether it is a GPU
@@ -39,13 +42,15 @@ def check_device(device:str, local:int) -> bool: # whether it is a GPU
     if ':' in device: raise InputError(f'--device {device}: several processes take a GPU each; leave the number out')
     if device == 'cpu' or not torch.cuda.is_available(): return False
     if local >= torch.cuda.device_count():
-        raise InputError(f'process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; start so many with --nproc_per_node')
+        raise InputError(f'process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; start '
+                         f'so many with --nproc_per_node')
     torch.cuda.set_device(local)
     return True
 
 @contextlib.contextmanager
 def together(device:str='auto'): # 'auto', 'cpu' or 'cuda'
-    "Inside, this process belongs to those that `torchrun` started with it, if it did: over NCCL on GPUs, over Gloo on CPUs."
+    """Inside, this process belongs to those that `torchrun` started with it, if it did: over NCCL on GPUs, over Gloo
+    on CPUs."""
     number, size, local = who()
     if size == 1: yield; return
     backend = 'cpu:gloo,cuda:nccl' if check_device(device, local) else 'gloo'
@@ -105,7 +110,8 @@ def parallel(model:nn.Module) -> nn.Module:
 
 def hold(model:nn.Module, more:bool): # a context
     "Inside, gradients are summed up and not yet averaged, if `more` batches of the step will come."
-    return model.no_sync() if more and isinstance(model, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
+    several = isinstance(model, nn.parallel.DistributedDataParallel)
+    return model.no_sync() if more and several else contextlib.nullcontext()
 
 def same_buffers(model:nn.Module) -> None:
     "Running statistics of the first process for all, so that all evaluate the same weights."

@@ -17,9 +17,11 @@ from .geometry import InputError
 
 # %% ../nbs/15b_runs.ipynb #c005
 REMEDIES = {errno.ENOSPC: 'make room on the disk', errno.EDQUOT: 'make room, your quota of the disk is used up',
-            errno.EFBIG: 'raise the limit of file sizes (ulimit -f)', errno.EROFS: 'the disk is mounted read-only, choose another one',
+            errno.EFBIG: 'raise the limit of file sizes (ulimit -f)',
+            errno.EROFS: 'the disk is mounted read-only, choose another one',
             errno.EACCES: 'ask for the right to write there', errno.EPERM: 'ask for the right to write there',
-            errno.ENOENT: 'the folder is gone, bring it back', errno.EMFILE: 'raise the limit of open files (ulimit -n)',
+            errno.ENOENT: 'the folder is gone, bring it back',
+            errno.EMFILE: 'raise the limit of open files (ulimit -n)',
             errno.EIO: 'the disk may be failing'}
 
 def system_error(
@@ -29,7 +31,8 @@ def system_error(
     seen = e
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno: return seen.errno
-        if isinstance(seen, SafetensorError) and (m := re.search(r'(?:os error |code: )(\d+)', str(seen))): return int(m[1])
+        if isinstance(seen, SafetensorError) and (m := re.search(r'(?:os error |code: )(\d+)', str(seen))):
+            return int(m[1])
         seen = seen.__cause__ or seen.__context__
     return 0
 
@@ -37,16 +40,18 @@ def system_error(
 def writing(
     path:Path, # file that is being written
 ):
-    "Inside, a failed write becomes an `OSError` of one line: the file, the cause, the remedy and, in a run's folder, how to go on."
+    """Inside, a failed write becomes an `OSError` of one line: the file, the cause, the remedy and, in a run's folder,
+    how to go on."""
     path = Path(path)
     try: yield
     except (OSError, RuntimeError, SafetensorError) as e:
         number = system_error(e)
-        if not number and isinstance(e, RuntimeError) and 'inline_container' not in str(e): raise     # not torch's archive writer
+        # not torch's archive writer
+        if not number and isinstance(e, RuntimeError) and 'inline_container' not in str(e): raise
         words = os.strerror(number) if number else (str(e).splitlines() or [type(e).__name__])[-1]
         then = [REMEDIES[number]] if number in REMEDIES else []
         if (path.parent/'config.json').exists(): then.append(f'go on with --resume {path.parent}')
-        new = OSError('; '.join([f'{path} cannot be written ({words})', ', then '.join(then)] if then else [f'{path} cannot be written ({words})']))
+        new = OSError(f'{path} cannot be written ({words})' + '; '*bool(then) + ', then '.join(then))
         new.errno = number or None
         raise new from e
 
@@ -65,7 +70,7 @@ def write_atomic(
             tmp.touch()                                         # Python's error where the folder takes no files
             write(tmp)
             with open(tmp, 'rb+') as f: os.fsync(f.fileno())
-            if keep is not None and path.exists():              # a second name for the old file, so that it never is without one
+            if keep is not None and path.exists():  # a second name for the old file, so that it never is without one
                 second.unlink(missing_ok=True)
                 try: os.link(path, second)
                 except OSError: shutil.copyfile(path, second)   # a file system without links
@@ -85,7 +90,8 @@ def save_tensors(state, path) -> None:
     with open(path, 'wb') as f: torch.save(state, f)
 
 # %% ../nbs/15b_runs.ipynb #c013
-FILES = ('config.json', 'metrics.csv', 'state.pt', 'state.prev.pt', 'last.safetensors', 'best.safetensors', 'curves.png',
+FILES = ('config.json', 'metrics.csv', 'state.pt', 'state.prev.pt', 'last.safetensors', 'best.safetensors',
+         'curves.png',
          'predictions.png', 'assignment.png')
 
 def of_safetensors(path:Path) -> bool:
@@ -94,7 +100,8 @@ def of_safetensors(path:Path) -> bool:
     return not head or head[8:] == b'{' and int.from_bytes(head[:8], 'little') < 1e8
 
 def leftovers(run:Path) -> list: # of paths
-    "What a kill left half written: temporary files of `write_atomic`, `save_weights` and safetensors, and no other hidden file."
+    """What a kill left half written: temporary files of `write_atomic`, `save_weights` and safetensors, and no other
+    hidden file."""
     endings = 'tmp', 'tmp.keep', '[a-z0-9_]'*8                  # the last is that of `tempfile`
     ours = [p for n in FILES for e in endings for p in Path(run).glob(f'.{n}.{e}') if p.is_file()]
     return ours + [p for p in Path(run).glob('.tmp' + '[A-Za-z0-9]'*6) if p.is_file() and of_safetensors(p)]
@@ -105,7 +112,7 @@ def read_state(path:Path) -> dict:
     try:
         with zipfile.ZipFile(path) as z: bad = z.testzip()
         if bad is None: return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: bad = type(e).__name__              # there are many ways to fail on bytes that are not what they were
+    except Exception as e: bad = type(e).__name__  # there are many ways to fail on bytes that are not what they were
     raise InputError(f'{path} is damaged ({bad})')
 
 def load_state(run:Path, log=print) -> dict:
@@ -119,8 +126,11 @@ def load_state(run:Path, log=print) -> dict:
 # %% ../nbs/15b_runs.ipynb #c019
 def brief(v) -> str:
     "A value in a few words, for messages."
-    if isinstance(v, torch.Tensor): return f'a tensor {tuple(v.shape)} of {str(v.dtype)[6:]}' + ('' if v.layout == torch.strided else f', {str(v.layout)[6:]}')
-    return (t if len(t := repr(v)) < 60 else f'{t[:50]}...') if isinstance(v, (int,float,str,bool,type(None))) else f'a {type(v).__name__}'
+    if isinstance(v, torch.Tensor):
+        layout = '' if v.layout == torch.strided else f', {str(v.layout)[6:]}'
+        return f'a tensor {tuple(v.shape)} of {str(v.dtype)[6:]}{layout}'
+    if not isinstance(v, (int,float,str,bool,type(None))): return f'a {type(v).__name__}'
+    return t if len(t := repr(v)) < 60 else f'{t[:50]}...'
 
 def check_same(
     found,     # what a file holds
@@ -131,7 +141,8 @@ def check_same(
     "`InputError` at the first difference between a stored part and its fresh counterpart."
     def wrong(have, want): raise InputError(f'{where} is {have}, not {want}')
     if isinstance(wanted, torch.Tensor):
-        if not isinstance(found, torch.Tensor) or brief(found) != brief(wanted) or found.device.type == 'meta': wrong(brief(found), brief(wanted))
+        if not isinstance(found, torch.Tensor) or brief(found) != brief(wanted) or found.device.type == 'meta':
+            wrong(brief(found), brief(wanted))
         if found.is_floating_point() and not found.isfinite().all(): wrong('not finite everywhere', 'a number')
     elif isinstance(wanted, dict):
         if not isinstance(found, dict): wrong(brief(found), 'a dict')
@@ -141,7 +152,9 @@ def check_same(
         for k in found:
             if k not in wanted: raise InputError(f'{where} has {k!r}, which does not belong there')
     elif isinstance(wanted, (list,tuple)):
-        if not isinstance(found, (list,tuple)) or len(found) != len(wanted): wrong(brief(found) + (f' of {len(found)}' if isinstance(found, (list,tuple)) else ''), f'a list of {len(wanted)}')
+        if not isinstance(found, (list,tuple)) or len(found) != len(wanted):
+            size = f' of {len(found)}' if isinstance(found, (list,tuple)) else ''
+            wrong(brief(found) + size, f'a list of {len(wanted)}')
         for i,(a,b) in enumerate(zip(found, wanted)): check_same(a, b, f'{where}[{i}]', values)
     elif values and (type(found) is not type(wanted) or found != wanted): wrong(brief(found), brief(wanted))
 
@@ -149,7 +162,8 @@ def check_same(
 def rng_state() -> dict:
     "The state of Python's, NumPy's and torch's generators, of numbers and tensors only."
     kind, keys, *rest = np.random.get_state()
-    return dict(python=random.getstate(), numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest), torch=torch.get_rng_state(),
+    return dict(python=random.getstate(), numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+                torch=torch.get_rng_state(),
                 cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
 def set_rng_state(state:dict) -> None:
@@ -180,14 +194,16 @@ class Table:
         lines = self.path.read_bytes().splitlines(keepends=True)
         whole = [l for l in lines if l.endswith(b'\n')]
         for n,l in enumerate(whole[1:], 2):
-            if not l.split(b',')[0].isdigit(): raise InputError(f'{self.path}: line {n} does not begin with a step; remove the line')
+            if not l.split(b',')[0].isdigit():
+                raise InputError(f'{self.path}: line {n} does not begin with a step; remove the line')
         keep = whole[:1] + [l for l in whole[1:] if int(l.split(b',')[0]) <= step]
         with open(self.path, 'rb+') as f: f.truncate(sum(map(len, keep)))
 
     def rows(self) -> list: # of dicts; empty cells are left out
         "What the file holds, as numbers."
         if not self.path.exists(): return []
-        with open(self.path, newline='', encoding='utf-8') as f: return [{k: float(v) for k,v in r.items() if v} for r in csv.DictReader(f)]
+        with open(self.path, newline='', encoding='utf-8') as f:
+            return [{k: float(v) for k,v in r.items() if v} for r in csv.DictReader(f)]
 
 # %% ../nbs/15b_runs.ipynb #c028
 _owned = {}                          # (device, inode) of the folders that this process owns -> file descriptor
@@ -201,7 +217,8 @@ if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_disown)
 def own_folder(
     path:Path, # a folder
 )->None:
-    "Keep every other process from owning this folder until `free_folder` or the end of this process; `InputError` if one owns it already."
+    """Keep every other process from owning this folder until `free_folder` or the end of this process; `InputError` if
+    one owns it already."""
     try: import fcntl
     except ImportError: return                                       # Windows
     def lock(file, flags):
@@ -214,9 +231,14 @@ def own_folder(
     try:
         try: _owned[key] = lock(path, os.O_RDONLY)
         except BlockingIOError: raise
-        except OSError: _owned[key] = lock(Path(path)/'.lock', os.O_RDWR | os.O_CREAT)   # NFS locks only what is open for writing
-    except BlockingIOError: raise InputError(f'{path}: another training is writing this run; let it end or stop it, or choose another --out') from None
-    except OSError as e: raise InputError(f'{path}: cannot be locked ({e.strerror}), so two trainings could write it; choose a folder on another disk') from None
+        # NFS locks only what is open for writing
+        except OSError: _owned[key] = lock(Path(path)/'.lock', os.O_RDWR | os.O_CREAT)
+    except BlockingIOError:
+        raise InputError(f'{path}: another training is writing this run; let it end or stop it, or choose another '
+                         f'--out') from None
+    except OSError as e:
+        raise InputError(f'{path}: cannot be locked ({e.strerror}), so two trainings could write it; choose a folder '
+                         f'on another disk') from None
 
 def free_folder(path:Path) -> None:
     "Give up a folder that this process owns."
@@ -237,20 +259,21 @@ class Interrupted(KeyboardInterrupt): "A run was asked to stop, and stopped with
 STOPS = [getattr(signal, n) for n in ('SIGINT','SIGTERM','SIGHUP','SIGUSR1') if hasattr(signal, n)]
 
 class Stop:
-    "While it is open, the signals of `STOPS` set `.signal`; inside `at_once()`, and at a second Ctrl-C, they raise KeyboardInterrupt."
+    """While it is open, the signals of `STOPS` set `.signal`; inside `at_once()`, and at a second Ctrl-C, they raise
+    KeyboardInterrupt."""
     signal, now, since = None, False, 0.
     def __init__(self, alone:bool=True): self.alone = alone   # with other processes, all end together after a step
     def __enter__(self):
         self.pid, self.old = os.getpid(), {}
         if threading.current_thread() is not threading.main_thread(): return self    # nobody else may set handlers
         for s in STOPS:
-            if s == signal.SIGINT or signal.getsignal(s) is not signal.SIG_IGN:      # nohup ignores SIGHUP, and means it
+            if s == signal.SIGINT or signal.getsignal(s) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
                 self.old[s] = signal.signal(s, self.handle)
         return self
     def __exit__(self, *args):
         for s,old in self.old.items(): signal.signal(s, old)
     def handle(self, number, frame):
-        if os.getpid() != self.pid: return               # a loading process, forked with this handler, outlives the parent's Ctrl-C
+        if os.getpid() != self.pid: return  # a loading process, forked with this handler, outlives the parent's Ctrl-C
         again = self.signal and number == signal.SIGINT and time.monotonic() - self.since > .5
         if not self.signal: self.signal, self.since = number, time.monotonic()
         if self.now or again: self.now = False; raise KeyboardInterrupt

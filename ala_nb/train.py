@@ -16,7 +16,8 @@ __all__ = ['FOLDER', 'GROUPS', 'SHAPES_METHODS', 'METRICS', 'TIMES', 'SMALL', 'S
            'none_words', 'one_line', 'restarted', 'main']
 
 # %% ../nbs/16_train.ipynb #c002
-import argparse, contextlib, copy, csv, ctypes, dataclasses, difflib, itertools, json, math, numbers, os, platform, random, sys, time
+import argparse, contextlib, copy, csv, ctypes, dataclasses, difflib, itertools, json, math, numbers, os, platform
+import random, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,9 +33,11 @@ def knob(
 # %% ../nbs/16_train.ipynb #c006
 @dataclass(frozen=True)
 class Config:
-    "Every knob of a training run. The defaults are the recipe for `shapes`; `FOLDER` has what differs for a folder of images."
+    """Every knob of a training run. The defaults are the recipe for `shapes`; `FOLDER` has what differs for a folder
+    of images."""
     #: Data
-    data:str            = knob('shapes', "'shapes' (made on the spot) or a folder, see python -m ala_nb.data --help", live=True)
+    data:str            = knob('shapes', "'shapes' (made on the spot) or a folder, see python -m ala_nb.data --help",
+                               live=True)
     train_split:str     = knob('train', 'name of the split to train on')
     val_split:str       = knob('val', 'name of the split to evaluate on')
     data_options:dict   = knob(dict, 'more options for the data set, key=value')
@@ -47,11 +50,14 @@ class Config:
     photometric:bool    = knob(False, 'distort colours in training')
     filter_empty:bool   = knob(False, 'leave out training images without objects')
     group:bool          = knob(True, 'batch images of like aspect ratio')
-    workers:int         = knob(0, 'processes that load images, for each training process; 0 loads in the training process', lo=0, hi=1024, live=True)
+    workers:int         = knob(0, 'processes that load images, for each training process; 0 loads in the training '
+                                  'process', lo=0, hi=1024, live=True)
     #: Detector
-    method:str          = knob('fcos', 'label assignment: fcos, atss, ciou_atss, autoassign, dw, poto, o2f, ala, or a class of your own, package.module:Class')
+    method:str          = knob('fcos', 'label assignment: fcos, atss, ciou_atss, autoassign, dw, poto, o2f, ala, or a '
+                                       'class of your own, package.module:Class')
     method_options:dict = knob(dict, 'options of the method, key=value (variant=paper K=7)')
-    backbone:str        = knob('tiny', 'tiny, resnet18, resnet34, resnet50, resnet101, resnext101_64x4d, resnext101_32x8d')
+    backbone:str        = knob('tiny', 'tiny, resnet18, resnet34, resnet50, resnet101, resnext101_64x4d, '
+                                       'resnext101_32x8d')
     weights:str         = knob('none', "'none', 'imagenet' or a file of weights to start from")
     detector_options:dict = knob(dict, 'more options of the detector, key=value (channels=128 head_convs=2)')
     score_threshold:float = knob(.05, 'detections below this score are dropped', lo=0, hi=1)
@@ -64,19 +70,25 @@ class Config:
     optimizer:str       = knob('adamw', 'optimiser', choices=('sgd','adamw'))
     lr:float            = knob(3e-3, 'highest learning rate', above=0, hi=1e30)
     momentum:float      = knob(.9, "SGD's momentum; the first of AdamW's two betas", lo=0, below=1)
-    weight_decay:float  = knob(.02, 'decay of convolution and linear weights (norms, biases and scales have none)', lo=0)
+    weight_decay:float  = knob(.02, 'decay of convolution and linear weights (norms, biases and scales have none)',
+                               lo=0)
     schedule:str        = knob('cosine', 'learning rate over the run', choices=('constant','multistep','cosine'))
-    milestones:tuple    = knob((2/3, 8/9), 'multistep: where the rate drops, shares of the run', of=float, above=0, below=1)
+    milestones:tuple    = knob((2/3, 8/9), 'multistep: where the rate drops, shares of the run', of=float, above=0,
+                               below=1)
     gamma:float         = knob(.1, 'multistep: factor of each drop', above=0, hi=1)
     warmup:int          = knob(100, 'steps of linear warm-up from lr/1000; never more than a sixth of the run', lo=0)
     clip:float          = knob(10., 'largest norm of the gradient; 0 for no clipping', lo=0)
-    ema:float           = knob(0., 'decay of the averaged weights that are evaluated and saved; 0 for none', lo=0, below=1)
+    ema:float           = knob(0., 'decay of the averaged weights that are evaluated and saved; 0 for none', lo=0,
+                               below=1)
     #: Machine
     device:str          = knob('auto', "'auto', 'cpu', 'cuda', 'cuda:1'", live=True)
-    amp:str             = knob('off', 'mixed precision of the network (assignment and losses stay float32); auto: bf16 where the machine is fast at it', choices=('auto','off','bf16','fp16'))
+    amp:str             = knob('off', 'mixed precision of the network (assignment and losses stay float32); auto: '
+                                      'bf16 where the machine is fast at it', choices=('auto','off','bf16','fp16'))
     compile:bool        = knob(False, 'torch.compile the network')
-    channels_last:str   = knob('false', 'channels-last memory format; auto: with bf16, and not for tiny', choices=('auto','true','false'))
-    threads:int         = knob(0, 'CPU threads; 0 leaves it to torch, but takes 1 for tiny on shapes (the number taken is stored)', lo=0, hi=1024, live=True)
+    channels_last:str   = knob('false', 'channels-last memory format; auto: with bf16, and not for tiny',
+                               choices=('auto','true','false'))
+    threads:int         = knob(0, 'CPU threads; 0 leaves it to torch, but takes 1 for tiny on shapes (the number '
+                                  'taken is stored)', lo=0, hi=1024, live=True)
     sync_bn:bool        = knob(False, 'batch normalisation over all GPUs of a training')
     seed:int            = knob(0, 'seed of initial weights, data order and augmentation', lo=0)
     deterministic:bool  = knob(False, 'deterministic algorithms on the GPU too (slower; the CPU always is)')
@@ -84,7 +96,8 @@ class Config:
     out:str             = knob('', "folder of the run; '' takes runs/DATA-METHOD, numbered if that is taken")
     eval_every:int      = knob(2, 'epochs between evaluations; 0 for none', lo=0)
     eval_both:bool      = knob(False, 'evaluate with NMS and without; two more columns, AP_nms and AP_no_nms')
-    keep:int            = knob(0, 'weights of the newest so many checkpointed epochs are kept as epoch-N.safetensors', lo=0)
+    keep:int            = knob(0, 'weights of the newest so many checkpointed epochs are kept as epoch-N.safetensors',
+                               lo=0)
     log_every:int       = knob(10, 'steps between rows of metrics.csv', above=0)
     checkpoint_epochs:int = knob(1, 'epochs between checkpoints; 0 for none', lo=0, live=True)
     checkpoint_seconds:float = knob(60., 'seconds between checkpoints; 0 for none', lo=0, live=True)
@@ -97,7 +110,8 @@ FOLDER = dict(backbone='resnet18', size=480, max_size=800, epochs=12, batch_size
               optimizer='sgd', lr=.005, weight_decay=1e-4, schedule='multistep', warmup=500, eval_every=1, ema=0.,
               amp='auto', channels_last='auto')
 
-GROUPS = dict(data='data', method='detector', epochs='budget and optimiser', device='machine', out='output')   # first knob of each
+# first knob of each
+GROUPS = dict(data='data', method='detector', epochs='budget and optimiser', device='machine', out='output')
 
 def parse_bool(s:str) -> bool:
     if s.lower() in ('true','1','yes','on'): return True
@@ -111,7 +125,8 @@ def argument(f:dataclasses.Field) -> dict:
         return '-' if v in ({}, '') else str(v).lower() if isinstance(v, bool) else str(v)
     value = f.default if f.default is not dataclasses.MISSING else f.default_factory()
     folder = FOLDER.get(f.name, value)
-    text = f"{f.metadata['help']} [{written(value)}{'' if folder == value else '; for a folder ' + written(folder)}]".replace('%', '%%')
+    default = written(value) + ('' if folder == value else '; for a folder ' + written(folder))
+    text = f"{f.metadata['help']} [{default}]".replace('%', '%%')
     if f.type is bool: return dict(help=text, type=parse_bool, nargs='?', const=True, metavar='true|false')
     if f.type is dict: return dict(help=text, type=lambda s: parse_pair(s), nargs='*', metavar='KEY=VALUE')
     if f.type is tuple: return dict(help=text, type=f.metadata['of'], nargs='*', metavar='N')
@@ -120,13 +135,18 @@ def argument(f:dataclasses.Field) -> dict:
 
 def make_parser(kind=None) -> argparse.ArgumentParser: # kind: its class; None: one whose errors are `InputError`s
     "The command line, from the fields of `Config`."
-    p = (kind or Parser)(prog='python -m ala_nb.train', usage='%(prog)s [--data DIR] [--method NAME] [--out DIR] [option ...] | --resume RUN',
-               description='Train a detector. Without arguments: a small one on drawn shapes, in a few minutes on a CPU. '
+    p = (kind or Parser)(prog='python -m ala_nb.train', usage='%(prog)s [--data DIR] [--method NAME] [--out DIR] '
+                                                            '[option ...] | --resume RUN',
+               description='Train a detector. Without arguments: a small one on drawn shapes, in a few minutes on a '
+                           'CPU. '
                            'In brackets the default, then the one for a folder of images where it differs.',
                allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    p.add_argument('--resume', metavar='RUN', help='go on with an interrupted run, to the same weights as without the interruption')
-    p.add_argument('--config', metavar='FILE', help="take the settings of another run (its folder or config.json) or of a TOML file of these options; options given here come first")
-    p.add_argument('--preset', metavar='NAME', help="settings of a row of a paper's table; options given here come first")
+    p.add_argument('--resume', metavar='RUN', help='go on with an interrupted run, to the same weights as without the '
+                                                   'interruption')
+    p.add_argument('--config', metavar='FILE', help="take the settings of another run (its folder or config.json) or "
+                                                    "of a TOML file of these options; options given here come first")
+    p.add_argument('--preset', metavar='NAME', help="settings of a row of a paper's table; options given here come "
+                                                    "first")
     p.add_argument('--list_presets', action='store_true', help='list the presets and stop')
     p.add_argument('--show', action='store_true', help='print the complete settings and stop')
     for f in dataclasses.fields(Config):
@@ -148,13 +168,15 @@ from .geometry import InputError
 from .losses import uncounted
 from .methods import method_class, method_options
 from .files import error_text
-from .data import Items, LoaderDied, eval_transforms, load_dataset, make_loader, drawing, need_objects, opening, train_transforms
+from .data import (Items, LoaderDied, drawing, eval_transforms, load_dataset, make_loader, need_objects, opening,
+    train_transforms)
 from .detector import Detector, load_detector, save_weights
-from .evaluate import Parser, coco_table, evaluate_coco, nobody_reads, parse_pair, pick_device, predict_dataset, underscored
-from ala_nb.processes import (anyone, average, everyone, first_does, hold, is_main, leave, parallel, rank, same_buffers, together,
-    world_size)
-from .runs import (Interrupted, Stop, Table, brief, check_same, free_folder, leftovers, load_state, own_folder, owning, read_state, rng_state,
-    save_tensors, set_rng_state, write_atomic, writing)
+from ala_nb.evaluate import (Parser, coco_table, evaluate_coco, nobody_reads, parse_pair, pick_device, predict_dataset,
+    underscored)
+from .processes import (anyone, average, everyone, first_does, hold, is_main, leave, parallel, rank,
+    same_buffers, together, world_size)
+from .runs import (Interrupted, Stop, Table, brief, check_same, free_folder, leftovers, load_state, own_folder,
+    owning, read_state, rng_state, save_tensors, set_rng_state, write_atomic, writing)
 
 # %% ../nbs/16_train.ipynb #c008
 def suggest(name:str, names) -> str:
@@ -165,36 +187,42 @@ def suggest(name:str, names) -> str:
 def no_option(name:str) -> InputError:
     "The error for a knob that does not exist: with those that sound like it, or whose explanation speaks of it."
     names = [f.name for f in dataclasses.fields(Config)]
-    slip = difflib.get_close_matches(name, names, n=1, cutoff=.8)               # a letter or two, before what explanations speak of
+    slip = difflib.get_close_matches(name, names, n=1, cutoff=.8)  # a letter or two, before what explanations speak of
     about = slip or [f.name for f in dataclasses.fields(Config) if name.replace('_',' ') in f.metadata['help']]
     hint = suggest(about[0], about[:1]) if about else suggest(name, names)
     return InputError(f'there is no option {name!r}{hint}; --help lists every option')
 
 def check_number(name, value, meta):
     "`value`, if it is a finite number within the limits of its knob."
-    if isinstance(value, float) and not math.isfinite(value): raise InputError(f'{name} must be a finite number, not {value}')
-    if abs(value) >= 2**63 and isinstance(value, int): raise InputError(f'{name} must be below {2**63}')     # torch's largest
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f'{name} must be a finite number, not {value}')
+    # torch's largest
+    if abs(value) >= 2**63 and isinstance(value, int): raise InputError(f'{name} must be below {2**63}')
     for word,ok,sign in (('lo', lambda a,b: a >= b, 'at least'), ('above', lambda a,b: a > b, 'above'),
                          ('hi', lambda a,b: a <= b, 'at most'), ('below', lambda a,b: a < b, 'below')):
-        if word in meta and not ok(value, meta[word]): raise InputError(f'{name} must be {sign} {meta[word]}, not {value}')
+        if word in meta and not ok(value, meta[word]):
+            raise InputError(f'{name} must be {sign} {meta[word]}, not {value}')
     return value
 
 def check_knob(f:dataclasses.Field, value):
     "`value` as the type of knob `f`; an `InputError` if it cannot be one or lies outside the knob's limits."
     kind, meta = f.type, f.metadata
     if kind is str and isinstance(value, os.PathLike): value = os.fspath(value)
-    if 'true' in meta.get('choices', ()) and (isinstance(value, bool) or value in ('True','False')): value = str(value).lower()
+    if 'true' in meta.get('choices', ()) and (isinstance(value, bool) or value in ('True','False')):
+        value = str(value).lower()
     if kind in (int, float) and isinstance(value, (numbers.Integral, kind)) and not isinstance(value, bool):
         try: value = kind(value)
         except OverflowError: raise InputError(f'{f.name} must be a finite number, not {value}') from None
     if kind is tuple and isinstance(value, (list, tuple)):
-        if any(type(v) not in (int, meta['of']) for v in value): raise InputError(f'{f.name} must be numbers, not {value!r}')
+        if any(type(v) not in (int, meta['of']) for v in value):
+            raise InputError(f'{f.name} must be numbers, not {value!r}')
         return tuple(check_number(f.name, meta['of'](v), meta) for v in value)
     if type(value) is not kind: raise InputError(f'{f.name} must be {kind.__name__}, not {value!r}')
     if kind is dict: return as_options(value)
     if kind in (int, float): check_number(f.name, value, meta)
     if value not in meta.get('choices', (value,)):
-        raise InputError(f"{f.name} must be one of {', '.join(meta['choices'])}, not {value!r}{suggest(value, meta['choices'])}")
+        raise InputError(f"{f.name} must be one of {', '.join(meta['choices'])}, not "
+                         f"{value!r}{suggest(value, meta['choices'])}")
     return value
 
 def as_options(value):
@@ -204,7 +232,8 @@ def as_options(value):
 
 # %% ../nbs/16_train.ipynb #c011
 # What papers give in pixels for images of 800 px, fitted to the three levels and the 10 - 96 px objects of `shapes`.
-SHAPES_METHODS = dict(fcos=dict(ranges=(24,48)), atss=dict(anchor_scale=4.), ciou_atss=dict(anchor_scale=4.), ala=dict(blur_radius=0)) # ala: a blur of 3 cells for 800 px is half a cell for 128
+SHAPES_METHODS = dict(fcos=dict(ranges=(24,48)), atss=dict(anchor_scale=4.), ciou_atss=dict(anchor_scale=4.),
+                      ala=dict(blur_radius=0))     # a blur of 3 cells for 800 px is half a cell for 128
 
 def recipe(
     data:str='shapes', # 'shapes' or a folder
@@ -214,7 +243,8 @@ def recipe(
     if data != 'shapes': return as_config({'data': data, **FOLDER, **changes})
     c = as_config(changes)
     if c.backbone != 'tiny': return c
-    # A network this small gains little from a second thread, and loses severalfold when something else runs: two threads wait for each other at every step.
+    # A network this small gains little from a second thread, and loses severalfold when something else runs: two
+    # threads wait for each other at every step.
     if not c.threads: c = dataclasses.replace(c, threads=1)
     if 'strides' in c.detector_options: return c
     return dataclasses.replace(c, method_options={**SHAPES_METHODS.get(c.method, {}), **c.method_options})
@@ -250,7 +280,8 @@ def param_groups(
     "The trainable parameters: those that are decayed, and those that are not."
     norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     decayed = {id(m.weight) for m in model.modules()
-               if isinstance(getattr(m, 'weight', None), nn.Parameter) and m.weight.ndim > 1 and not isinstance(m, norms)}
+               if isinstance(getattr(m, 'weight', None), nn.Parameter) and m.weight.ndim > 1
+               and not isinstance(m, norms)}
     params = [p for p in model.parameters() if p.requires_grad]
     return [dict(params=[p for p in params if id(p) in decayed], weight_decay=weight_decay),
             dict(params=[p for p in params if id(p) not in decayed], weight_decay=0.)]
@@ -278,7 +309,8 @@ def update_ema(
 
 # %% ../nbs/16_train.ipynb #c026
 METRICS = 'AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR100'
-TIMES = 'images_per_s', 'data_s', 'seconds'       # images a second; share of a step spent waiting for data, s; since the start, s
+# images a second; share of a step spent waiting for data, s; since the start, s
+TIMES = 'images_per_s', 'data_s', 'seconds'
 
 def say(text:str) -> None: print(text, flush=True)
 
@@ -341,24 +373,33 @@ def first(ds, n:int):
 def open_data(c:Config, device:torch.device) -> tuple: # training set, validation set or None, training loader
     "The data of a run; refused if it cannot be trained on."
     change = train_transforms(c.size or None, c.max_size or None, c.flip, c.photometric, c.scales or None)
-    eval_transforms(c.size or None, c.max_size or None)                                 # refused now, not at the first evaluation
+    eval_transforms(c.size or None, c.max_size or None)  # refused now, not at the first evaluation
     train = first(load_dataset(c.data, c.train_split, **c.data_options), c.train_images)
     if c.train_images and not with_objects(train, 1):
-        raise InputError(f'--train_images {c.train_images}: these images of {c.data} hold no object to learn from; take more of them')
-    need_objects(train, min(c.scales, default=c.size), c.max_size)                      # what is left of them at the size that is trained
-    same = {} if c.data == 'shapes' else dict(classes=train.classes)                    # labels mean the same in both splits
-    try: val = first(load_dataset(c.data, c.val_split, **{**c.data_options, **same}), c.val_images) if c.eval_every else None
-    except InputError as e: raise InputError(f'{e} (--val_split names another split, --eval_every 0 trains without one)') from None
-    return train, val, make_loader(train, c.batch_size, train=True, transforms=change, seed=c.seed, workers=c.workers, group=c.group,
-                                   only=with_objects(train, len(train)) if c.filter_empty else None, rank=rank(), world_size=world_size(),
+        raise InputError(f'--train_images {c.train_images}: these images of {c.data} hold no object to learn from; '
+                         f'take more of them')
+    need_objects(train, min(c.scales, default=c.size), c.max_size)  # what is left of them at the size that is trained
+    same = {} if c.data == 'shapes' else dict(classes=train.classes)  # labels mean the same in both splits
+    options = {**c.data_options, **same}
+    try: val = first(load_dataset(c.data, c.val_split, **options), c.val_images) if c.eval_every else None
+    except InputError as e:
+        raise InputError(f'{e} (--val_split names another split, --eval_every 0 trains without one)') from None
+    return train, val, make_loader(train, c.batch_size, train=True, transforms=change, seed=c.seed, workers=c.workers,
+                                   group=c.group,
+                                   only=with_objects(train, len(train)) if c.filter_empty else None, rank=rank(),
+                                   world_size=world_size(),
                                    pin_memory=device.type == 'cuda')
 
+# %% ../nbs/16_train.ipynb #c042a
 def make_model(c:Config, num_classes:int) -> Detector:
     "The detector that the configuration asks for."
-    taken = set(c.detector_options) & {'method', 'backbone', 'num_classes', *(f.name for f in dataclasses.fields(Config))}
+    taken = set(c.detector_options) & {'method', 'backbone', 'num_classes',
+                                       *(f.name for f in dataclasses.fields(Config))}
     if taken: raise InputError(f'detector_options: {taken.pop()} has an option of its own')
-    return Detector(method=c.method, backbone=c.backbone, num_classes=num_classes, weights=c.weights, method_options=c.method_options,
-                    score_threshold=c.score_threshold, nms_threshold=c.nms_threshold, channels_last=c.channels_last == 'true', **c.detector_options)
+    return Detector(method=c.method, backbone=c.backbone, num_classes=num_classes, weights=c.weights,
+                    method_options=c.method_options,
+                    score_threshold=c.score_threshold, nms_threshold=c.nms_threshold,
+                    channels_last=c.channels_last == 'true', **c.detector_options)
 
 def dry_run(model:Detector) -> None:
     "A blank image without and with an object: options that do not fit each other are found before anything is written."
@@ -366,7 +407,8 @@ def dry_run(model:Detector) -> None:
     model = copy.deepcopy(model).eval()                              # what a method may count stays as it was
     with torch.no_grad():
         for boxes in (torch.zeros(0,4), torch.tensor([[8.,8,40,40]])):
-            model.assign([torch.zeros(3,side,side)], [dict(boxes=boxes, labels=torch.zeros(len(boxes), dtype=torch.long))])
+            target = dict(boxes=boxes, labels=torch.zeros(len(boxes), dtype=torch.long))
+            model.assign([torch.zeros(3,side,side)], [target])
     set_rng_state(state)
 
 def model_of(stored:dict) -> Detector:
@@ -376,9 +418,10 @@ def model_of(stored:dict) -> Detector:
     model._config['weights'] = d['weights']                          # what it once started from stays on record
     return model
 
+# %% ../nbs/16_train.ipynb #c042b
 def keep_memory():
-    """Let the C library keep freed memory (Linux; elsewhere nothing happens): handing it back, and having every page zeroed again,
-    costs a small network up to a fifth of a step."""
+    """Let the C library keep freed memory (Linux; elsewhere nothing happens): handing it back, and having every page
+    zeroed again, costs a small network up to a fifth of a step."""
     try: libc = ctypes.CDLL('libc.so.6')
     except OSError: return
     libc.mallopt(-3, 1 << 30)      # M_MMAP_THRESHOLD, bytes
@@ -386,7 +429,9 @@ def keep_memory():
 
 def set_up(c:Config) -> torch.device:
     "Seeds, threads, determinism; the device."
-    if c.batch_size < world_size(): raise InputError(f'--batch_size {c.batch_size} is less than the {world_size()} processes; it counts the images of all of them')
+    if c.batch_size < world_size():
+        raise InputError(f'--batch_size {c.batch_size} is less than the {world_size()} processes; it counts the '
+                         f'images of all of them')
     if c.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True); torch.backends.cudnn.benchmark = False
@@ -401,7 +446,8 @@ def fast_bf16(device:torch.device) -> bool:
     known = [getattr(torch.cpu, n, None) for n in ('_is_amx_tile_supported', '_is_avx512_bf16_supported')]
     return device.type == 'cpu' and any(f() for f in known if f)
 
-# px: where the map of stride 64 is one cell, the bfloat16 gradient of a convolution with stride 2 is wrong on CPUs (oneDNN, torch 2.14)
+# px: where the map of stride 64 is one cell, the bfloat16 gradient of a convolution with stride 2 is wrong on CPUs
+# (oneDNN of torch 2.14)
 SMALL = 64
 
 def settle_precision(c:Config, device:torch.device) -> Config:
@@ -418,7 +464,8 @@ def new_folder(c:Config, taken=()) -> Path:
     "Where a new run goes; refused if a run is there already. Nothing is made yet, and `taken` folders are passed over."
     if c.out:
         path = Path(c.out)
-        if is_run(path): raise InputError(f'{path} already holds a run: go on with --resume {path}, or choose another --out')
+        if is_run(path):
+            raise InputError(f'{path} already holds a run: go on with --resume {path}, or choose another --out')
     else:
         name = f"{Path(c.data).resolve().name}-{c.method.split(':')[-1]}"    # a colon does not stand in every file name
         path = next(p for i in itertools.count(1)
@@ -454,10 +501,13 @@ def read_run(path:Path) -> dict: # what `config.json` holds
         stored = json.loads(file.read_text(encoding='utf-8'))
         if not isinstance(stored, dict): raise ValueError(f'it holds {brief(stored)}, not the settings of a run')
         part('detector', dict, "the detector's options"); part('images', int, 'their number')
-        if not all(isinstance(c, str) for c in part('classes', list, 'a list of names')): raise ValueError('classes must be names')
+        if not all(isinstance(c, str) for c in part('classes', list, 'a list of names')):
+            raise ValueError('classes must be names')
         return dict(stored, train=as_config(part('train', dict, "the run's settings")))
     except RecursionError: raise InputError(f'{file} cannot be read: lists in lists without end') from None
-    except (ValueError, TypeError, OSError) as e: raise e if isinstance(e, InputError) and str(file) in str(e) else InputError(f'{file} cannot be read: {e}') from None
+    except (ValueError, TypeError, OSError) as e:
+        if isinstance(e, InputError) and str(file) in str(e): raise
+        raise InputError(f'{file} cannot be read: {e}') from None
 
 def write_config(run:Run) -> None:
     "`config.json`: all that is needed to build the detector, repeat the run, and know what it ran on."
@@ -482,7 +532,7 @@ def make_run(
 )->Run:
     "All parts of a run at step 0."
     device = set_up(c)
-    c = settle_precision(c, device)                                          # what is stored is what runs, also on another machine
+    c = settle_precision(c, device)  # what is stored is what runs, also on another machine
     train_set, val_set, loader = open_data(c, device)
     model = model_of(stored) if stored else make_model(c, len(train_set.classes))
     if not stored: dry_run(model)
@@ -494,7 +544,8 @@ def make_run(
     threads = c.threads or torch.get_num_threads()
     c = dataclasses.replace(c, out=str(path), threads=threads, data=absolute(c.data), weights=absolute(c.weights))
     per_epoch = math.ceil(len(loader)/c.accumulate)
-    return Run(c, path, device, train_set, val_set, loader, model.train(), parallel(model), ema, make_optimizer(model, c),
+    return Run(c, path, device, train_set, val_set, loader, model.train(), parallel(model), ema,
+               make_optimizer(model, c),
                torch.amp.GradScaler(device.type, enabled=c.amp == 'fp16'), Table(path/'metrics.csv'),
                per_epoch, c.steps or c.epochs*per_epoch)
 
@@ -533,35 +584,45 @@ def save_checkpoint(run:Run) -> None:
 LIVE = [f.name for f in dataclasses.fields(Config) if f.metadata.get('live')] + ['out']
 
 def check_made(stored:dict, state:dict, path:Path) -> None:
-    "`InputError` if the settings in `config.json` are not those that the checkpoint was made with; those that may change may differ."
-    if not isinstance(state, dict) or not isinstance(made := state.get('made'), dict) or made.keys() != {'train','detector'}:
+    """`InputError` if the settings in `config.json` are not those that the checkpoint was made with; those that may
+    change may differ."""
+    made = state.get('made') if isinstance(state, dict) else None
+    if not isinstance(made, dict) or made.keys() != {'train','detector'}:
         raise InputError(f"{path/'state.pt'} does not say what it was made with: it is no checkpoint of this version's")
     have = json.loads(json.dumps(dict(train=dataclasses.asdict(stored['train']), detector=stored['detector'])))
     for d in have, made:
         if isinstance(d['train'], dict): d['train'] = {k: v for k,v in d['train'].items() if k not in LIVE}
     try: check_same(have, made, f"{path/'config.json'}", values=True)
-    except InputError as e: raise InputError(f'{e} as in the checkpoint; put it back, or start a new run with another --out') from None
+    except InputError as e:
+        raise InputError(f'{e} as in the checkpoint; put it back, or start a new run with another --out') from None
 
 def check_numbers(state:dict, run:Run, where:str) -> None:
     "`InputError` for a number of a checkpoint that no run can have."
-    number = lambda v, low=-math.inf: isinstance(v, (int,float)) and not isinstance(v, bool) and math.isfinite(v) and v >= low
+    number = lambda v, low=-math.inf: type(v) in (int,float) and math.isfinite(v) and v >= low
     metrics = lambda m: m is None or isinstance(m, dict) and all(number(m.get(k)) for k in (*METRICS, 'step', 'epoch'))
-    fits = dict(step=lambda v: type(v) is int and 0 <= v <= run.total, pending=lambda v: isinstance(v, bool), best=metrics, last=metrics,
+    fits = dict(step=lambda v: type(v) is int and 0 <= v <= run.total, pending=lambda v: isinstance(v, bool),
+                best=metrics, last=metrics,
                 lr=lambda v: number(v, 0), seconds=lambda v: number(v, 0),
-                sums=lambda v: isinstance(v, dict) and all(isinstance(k, str) and number(x) for k,x in v.items()) and (not v or v.get('n', 0) > 0))
+                sums=lambda v: isinstance(v, dict) and all(isinstance(k, str) and number(x) for k,x in v.items())
+                and (not v or v.get('n', 0) > 0))
     for k in STORED:
-        if not fits[k](state[k]): raise InputError(f'{where}: {k} is {brief(state[k])}, which no run of {run.total} steps has there')
+        if not fits[k](state[k]):
+            raise InputError(f'{where}: {k} is {brief(state[k])}, which no run of {run.total} steps has there')
 
 def check_optimizer(found:dict, run:Run, where:str) -> None:
     "`InputError` for an optimiser's state that is not of this model and these settings."
     fresh = run.optimizer.state_dict(); rates = [g['lr'] for g in fresh['param_groups']]
-    if not isinstance(found, dict) or not isinstance(found.get('state'), dict): raise InputError(f'{where} is {brief(found)}, not the state of an optimiser')
-    groups = found.get('param_groups'); same = isinstance(groups, list) and len(groups) == len(rates) and all(isinstance(g, dict) for g in groups)
-    check_same([{**g, 'lr': lr} for g,lr in zip(groups, rates)] if same else groups, fresh['param_groups'], f'{where}.param_groups', values=True)
+    if not isinstance(found, dict) or not isinstance(found.get('state'), dict):
+        raise InputError(f'{where} is {brief(found)}, not the state of an optimiser')
+    groups = found.get('param_groups')
+    if isinstance(groups, list) and len(groups) == len(rates) and all(isinstance(g, dict) for g in groups):
+        groups = [{**g, 'lr': lr} for g,lr in zip(groups, rates)]            # it is set before every step
+    check_same(groups, fresh['param_groups'], f'{where}.param_groups', values=True)
     params = [p for g in run.optimizer.param_groups for p in g['params']]
     slots = {'sgd': {'momentum_buffer'}, 'adamw': {'step','exp_avg','exp_avg_sq'}}[run.config.optimizer]
     for i,part in found['state'].items():
-        if type(i) is not int or not 0 <= i < len(params): raise InputError(f'{where}.state has {i!r}, which is none of {len(params)} parameters')
+        if type(i) is not int or not 0 <= i < len(params):
+            raise InputError(f'{where}.state has {i!r}, which is none of {len(params)} parameters')
         wanted = {k: torch.zeros(()) if k == 'step' else torch.zeros_like(params[i], device='cpu') for k in slots}
         check_same(part, wanted, f'{where}.state[{i}]')
 
@@ -575,7 +636,8 @@ def take_state(run:Run, state:dict) -> None:
     for k in PARTS:
         part = getattr(run, k)
         if k == 'optimizer': check_optimizer(state[k], run, f'{file}: {k}')
-        elif part is None and state[k] is not None: raise InputError(f'{file}: {k} is {brief(state[k])}, and this run has none')
+        elif part is None and state[k] is not None:
+            raise InputError(f'{file}: {k} is {brief(state[k])}, and this run has none')
         elif part is not None: check_same(state[k], part.state_dict(), f'{file}: {k}')
     try: set_rng_state(state['rng'])
     except Exception as e: raise InputError(f'{file}: rng cannot be used ({type(e).__name__})') from None
@@ -587,7 +649,7 @@ def take_state(run:Run, state:dict) -> None:
 # %% ../nbs/16_train.ipynb #c046c
 def start(c:Config) -> Run:
     "A new run, in its folder."
-    run = make_run(c, first_does(lambda: new_folder(c)))                     # all that can be wrong is found before anything is made
+    run = make_run(c, first_does(lambda: new_folder(c)))  # all that can be wrong is found before anything is made
     path = first_does(lambda: take_folder(c))
     run.path, run.table, run.config = path, Table(path/'metrics.csv'), dataclasses.replace(run.config, out=str(path))
     first_does(lambda: (write_config(run), save_checkpoint(run)) and None)
@@ -596,7 +658,9 @@ def start(c:Config) -> Run:
 def resume(
     path:Path,   # the run's folder
     log=say,
-    **live,      # knobs that may change on the way: data (the same images in another place), workers, device, threads, checkpoint intervals
+    # knobs that may change on the way: data (the same images in another place), workers, device, threads, checkpoint
+    # intervals
+    **live,
 )->Run:
     "A run as its newest whole checkpoint left it. This process owns its folder from now to the end of `train`."
     path, stored = Path(path), read_run(path)
@@ -613,10 +677,12 @@ def go_on(path, stored, live, log) -> Run:
     if state is not None: check_made(stored, state, path)
     c = dataclasses.replace(stored['train'], **live)
     if c.data != 'shapes' and not Path(c.data).exists():
-        raise InputError(f'{c.data}: no such folder, where the run has its images; if they have moved, say where with --data')
+        raise InputError(f'{c.data}: no such folder, where the run has its images; if they have moved, say where with '
+                         f'--data')
     run = make_run(c, path, stored if state else None)
     if (list(run.train_set.classes), len(run.train_set)) != (stored['classes'], stored['images']):
-        raise InputError(f'{run.config.data} has changed since the run began: it had {stored["images"]} images of {stored["classes"]}')
+        raise InputError(f'{run.config.data} has changed since the run began: it had {stored["images"]} images of '
+                         f'{stored["classes"]}')
     if state is not None: take_state(run, state)
     def tidy():
         for part in leftovers(run.path): part.unlink()
@@ -636,23 +702,29 @@ def to_device(images, targets, device) -> tuple:
     return [move(i) for i in images], [{k: move(v) for k,v in t.items()} for t in targets]
 
 def share(run:Run, images, targets) -> tuple: # images, targets, 1 or 0: what their losses count
-    "This process's share of a batch; where it is empty, a blank image that counts for nothing, because all processes must compute."
+    """This process's share of a batch; where it is empty, a blank image that counts for nothing, because all processes
+    must compute."""
     if images: return *to_device(images, targets, run.device), 1.
     side = max(64, *run.model.strides)
-    return *to_device([torch.zeros(3,side,side)], [dict(boxes=torch.zeros(0,4), labels=torch.zeros(0, dtype=torch.long))], run.device), 0.
+    target = dict(boxes=torch.zeros(0,4), labels=torch.zeros(0, dtype=torch.long))
+    return *to_device([torch.zeros(3,side,side)], [target], run.device), 0.
 
 def not_finite(run:Run, batches:list, losses:list, norm:float) -> str: # '' if all is well
-    "What is not finite in this process's share of a step, with the names of its images; `losses` are one dict for each batch."
+    """What is not finite in this process's share of a step, with the names of its images; `losses` are one dict for
+    each batch."""
     for (_,targets),values in zip(batches, losses):
         for k,v in values.items():
             if not math.isfinite(v): return f'{k} is {v}, images {name_images(targets)}'
-    if math.isfinite(norm) or run.scaler.get_scale() > 1: return ''     # in float16 the scaler skips the step and halves its scale
-    name = next((n for n,p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), 'all of them')
+    # in float16 the scaler skips the step and halves its scale
+    if math.isfinite(norm) or run.scaler.get_scale() > 1: return ''
+    name = next((n for n,p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()),
+                'all of them')
     return f'the gradient of {name} is not finite, images {name_images(t for _,targets in batches for t in targets)}'
 
 def check_finite(run:Run, batches:list, losses:list, norm:float, all_losses:list) -> None:
     "Stop, in all processes, if a loss or the gradient is not finite in one of them."
-    if all(map(math.isfinite, [*all_losses, norm])) or math.isfinite(sum(all_losses)) and run.scaler.get_scale() > 1: return
+    if all(map(math.isfinite, [*all_losses, norm])) or math.isfinite(sum(all_losses)) and run.scaler.get_scale() > 1:
+        return
     said = filter(None, everyone(not_finite(run, batches, losses, norm)))
     what = min(said, key=lambda text: text.startswith('the gradient'))      # a loss says more, and which process had it
     raise NonFinite(f'step {run.step + 1}: {what}; the last good checkpoint is {run.path/"last.safetensors"} '
@@ -664,8 +736,9 @@ def single_value(run:Run):
     try: yield
     except ValueError as e:
         if 'more than 1 value per channel' not in str(e): raise
-        raise InputError(f'step {run.step + 1}: batch normalisation cannot learn from a single value a channel (one image, a map of one cell); '
-                         f'take a larger --size, or --detector_options norm=group (norm=frozen with --weights)') from None
+        raise InputError(f'step {run.step + 1}: batch normalisation cannot learn from a single value a channel (one '
+                         f'image, a map of one cell); take a larger --size, or --detector_options norm=group '
+                         f'(norm=frozen with --weights)') from None
 
 # %% ../nbs/16_train.ipynb #c049
 def forward_backward(
@@ -674,17 +747,18 @@ def forward_backward(
 )->tuple: # losses, mean over the batches (dict of float); norm of the gradient before clipping (float)
     "Leaves the clipped gradient of the mean loss in the parameters; the same in all processes."
     c, progress, names, values = run.config, run.step/max(run.total - 1, 1), None, []
+    half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(c.amp)
     for i,(images,targets) in enumerate(batches, 1):
         images, targets, counts = share(run, images, targets)
         with hold(run.parallel, i < len(batches)), contextlib.nullcontext() if counts else uncounted():
-            with single_value(run), torch.autocast(run.device.type, {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(c.amp), enabled=c.amp != 'off'):
+            with single_value(run), torch.autocast(run.device.type, half, enabled=half is not None):
                 losses = run.parallel(images, targets, progress=progress)
             run.scaler.scale(sum(losses.values())*counts/len(batches)).backward()
         names, values = list(losses), values + [v.detach().float()*counts for v in losses.values()]
     run.scaler.unscale_(run.optimizer)
     params = [p for g in run.optimizer.param_groups for p in g['params'] if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in params])
-    *own, total = torch.stack([*values, norm.float()]).tolist()                   # the only synchronisation of a step with one process
+    *own, total = torch.stack([*values, norm.float()]).tolist()  # the only synchronisation of a step with one process
     means = average(torch.tensor(own)).tolist()
     rows = lambda x: [dict(zip(names, x[i:])) for i in range(0, len(x), len(names))]
     check_finite(run, batches, rows(own), total, means)
@@ -695,7 +769,8 @@ def forward_backward(
 def measured(run:Run, **how) -> dict: # `how`: see `predict_dataset`
     "COCO's numbers of the run's weights on the validation split. Each process detects in a share of the images."
     c = run.config
-    found = predict_dataset(run.weights, run.val_set, eval_transforms(c.size or None, c.max_size or None), batch_size=min(c.batch_size, 16),
+    found = predict_dataset(run.weights, run.val_set, eval_transforms(c.size or None, c.max_size or None),
+                            batch_size=min(c.batch_size, 16),
                             workers=c.workers, device=run.device, rank=rank(), world_size=world_size(), **how)
     found = [r for part in everyone(found) for r in part]
     numbers = lambda: evaluate_coco(run.val_set.ground_truth(), found)
@@ -706,9 +781,11 @@ def validate(run:Run) -> dict: # metrics
     c = run.config
     same_buffers(run.weights)
     m = measured(run)
-    if c.eval_both: m.update({name: measured(run, nms=nms)['AP'] for name,nms in (('AP_nms', True), ('AP_no_nms', False))})
+    if c.eval_both:
+        m.update({name: measured(run, nms=nms)['AP'] for name,nms in (('AP_nms', True), ('AP_no_nms', False))})
     run.last = dict(m, step=run.step, epoch=run.epoch)
-    if run.best is None or m['AP'] > run.best['AP'] or m['AP'] < 0:      # no object to find: nothing is compared, the newest are kept
+    # no object to find: nothing is compared, the newest are kept
+    if run.best is None or m['AP'] > run.best['AP'] or m['AP'] < 0:
         save_run_weights(run, 'best')
         run.best = run.last
     run.pending = False
@@ -727,14 +804,16 @@ class Progress:
         self.run, self.every, self.first, self.t0, self.said = run, every, run.step, time.monotonic(), time.monotonic()
         self.log = log if log and is_main() else lambda text: None
         bar = log is say and is_main() and sys.stderr.isatty()
-        self.bar = tqdm(total=run.total, initial=run.step, unit='step', dynamic_ncols=True, smoothing=.05) if bar else None
+        self.bar = tqdm(total=run.total, initial=run.step, unit='step', dynamic_ncols=True,
+                        smoothing=.05) if bar else None
 
     def say(self, text:str): (self.bar.write if self.bar else self.log)(text)
 
     def step(self, losses:dict):
         "After every step."
         run, now = self.run, time.monotonic()
-        text = f'loss {sum(losses.values()):.3f}  lr {run.lr:.2g}  waits for data {run.waiting/run.busy if run.busy else 0:.0%}'
+        waits = run.waiting/run.busy if run.busy else 0.
+        text = f'loss {sum(losses.values()):.3f}  lr {run.lr:.2g}  waits for data {waits:.0%}'
         if self.bar: self.bar.set_postfix_str(text, refresh=False); self.bar.update()
         elif now - self.said > self.every:
             left = (now - self.t0)/(run.step - self.first)*(run.total - run.step)
@@ -743,7 +822,8 @@ class Progress:
     def evaluated(self):
         "After every evaluation."
         m, best = self.run.last, self.run.last is self.run.best
-        if m['AP'] < 0: return self.say(f'epoch {self.run.epoch:.3g}  no object to find in {self.run.config.val_split}, so no AP')
+        if m['AP'] < 0:
+            return self.say(f'epoch {self.run.epoch:.3g}  no object to find in {self.run.config.val_split}, so no AP')
         self.say(f"epoch {self.run.epoch:.3g}  AP {m['AP']:.3f}  AP50 {m['AP50']:.3f}" + '  (best so far)'*best)
 
     def __enter__(self): return self
@@ -754,19 +834,24 @@ def describe(run:Run) -> str:
     "Three lines on what is about to happen."
     c, n = run.config, sum(p.numel() for p in run.model.parameters())
     val = f', {len(run.val_set)} to evaluate on' if run.val_set is not None else ''
-    what = dict(clipped='boxes clipped', dropped_size='without a size dropped', dropped_outside='outside their image dropped')
+    what = dict(clipped='boxes clipped', dropped_size='without a size dropped',
+                dropped_outside='outside their image dropped')
     counts = ', '.join(f'{v} {what[k]}' for k,v in run.train_set.report.items() if v and k in what)
     taken = len(run.train_set) if not c.filter_empty else int(run.loader.batch_sampler.taken.sum())
-    return (f'{c.data}: {taken} images to train on{val}; {len(run.train_set.classes)} classes{counts and "; " + counts}\n'
+    where = f'on {run.device}' + f' in {world_size()} processes'*(world_size() > 1)
+    if run.device.type == 'cpu': where += f', {c.threads} threads'
+    where += f', {c.amp}'*(c.amp != 'off') + ', channels last'*(c.channels_last == 'true')
+    classes = f'{len(run.train_set.classes)} classes' + '; '*bool(counts) + counts
+    return (f'{c.data}: {taken} images to train on{val}; {classes}\n'
             f'{opening([run.train_set, run.val_set], min(c.scales, default=c.size), c.max_size)}'
-            f'{c.method} on {c.backbone}, {n/1e6:.2f} M parameters; {run.total} steps of {c.batch_size*c.accumulate} images '
-            f'({run.total/run.per_epoch:.3g} epochs) on {run.device}{f" in {world_size()} processes"*(world_size() > 1)}' + (f', {c.threads} threads' if run.device.type == 'cpu' else '')
-            + f', {c.amp}'*(c.amp != 'off') + ', channels last'*(c.channels_last == 'true')
-            + f'\n{"goes on at step " + str(run.step) + " in" if run.step else "writes"} {run.path}')
+            f'{c.method} on {c.backbone}, {n/1e6:.2f} M parameters; {run.total} steps of '
+            f'{c.batch_size*c.accumulate} images ({run.total/run.per_epoch:.3g} epochs) {where}\n'
+            f'{"goes on at step " + str(run.step) + " in" if run.step else "writes"} {run.path}')
 
 # %% ../nbs/16_train.ipynb #c055
 def steps(run:Run, stop:Stop=None):
-    "The batches of each optimiser step, from where the run stands to its end; an empty list first if it owes an evaluation."
+    """The batches of each optimiser step, from where the run stands to its end; an empty list first if it owes an
+    evaluation."""
     stop = stop or Stop()
     if run.pending: yield []
     while run.step < run.total:
@@ -779,7 +864,8 @@ def steps(run:Run, stop:Stop=None):
             with stop.at_once(): group = list(itertools.islice(batches, run.config.accumulate))
             run.loading = False
             if not group: break
-            if world_size() > 1: torch.manual_seed(hash((run.config.seed, run.step, rank())) % 2**63)   # their chance is not the first one's
+            # their chance is not the first one's
+            if world_size() > 1: torch.manual_seed(hash((run.config.seed, run.step, rank())) % 2**63)
             run.began = t0; run.waiting += time.monotonic() - t0
             yield group
 
@@ -793,9 +879,11 @@ def write_row(run:Run, metrics:dict) -> None:
     means = {k: v/run.sums['n'] for k,v in run.sums.items() if k != 'n'}
     losses = {k: v for k,v in means.items() if k != 'grad_norm'}
     columns = METRICS + ('AP_nms','AP_no_nms')*run.config.eval_both
-    measured = {k: metrics[k] if metrics.get(k, -1) >= 0 else '' for k in columns}          # -1: there was no such object
-    if is_main(): run.table.append(dict(step=run.step, epoch=run.epoch, lr=run.lr, loss=sum(losses.values()), **means, **measured,
-                          images_per_s=run.images/(run.busy or math.inf), data_s=run.waiting/run.sums['n'], seconds=run.seconds))
+    measured = {k: metrics[k] if metrics.get(k, -1) >= 0 else '' for k in columns}  # -1: there was no such object
+    if is_main():
+        run.table.append(dict(step=run.step, epoch=run.epoch, lr=run.lr, loss=sum(losses.values()), **means, **measured,
+                              images_per_s=run.images/(run.busy or math.inf), data_s=run.waiting/run.sums['n'],
+                              seconds=run.seconds))
     run.sums, run.images, run.busy, run.waiting = {}, 0, 0., 0.
 
 # %% ../nbs/16_train.ipynb #c056
@@ -825,8 +913,10 @@ def stopped(run:Run, e:BaseException) -> BaseException:
 
 def warn(run:Run, log) -> None:
     "What will work, but not as one may think."
-    if run.config.amp == 'fp16' and run.device.type == 'cpu': log('warning: float16 is slow on a CPU; --amp bf16 or --amp off are faster')
-    if run.config.amp == 'bf16' and run.device.type == 'cpu' and run.config.backbone != 'tiny' and 0 < min(run.config.scales, default=run.config.size) <= SMALL:
+    if run.config.amp == 'fp16' and run.device.type == 'cpu':
+        log('warning: float16 is slow on a CPU; --amp bf16 or --amp off are faster')
+    small = 0 < min(run.config.scales, default=run.config.size) <= SMALL
+    if run.config.amp == 'bf16' and run.device.type == 'cpu' and run.config.backbone != 'tiny' and small:
         log(f'warning: gradients in bfloat16 may be wrong on a CPU for images of {SMALL} px and less; take --amp off')
 
 # %% ../nbs/16_train.ipynb #c057
@@ -840,7 +930,8 @@ def train(
     run = run or start(config or recipe())
     c, clock0 = run.config, time.monotonic() - run.seconds
     if log and is_main(): log(describe(run)); warn(run, log)
-    with owning(run.path) if is_main() else contextlib.nullcontext(), Stop(alone=world_size() == 1) as stop, Progress(run, log) as progress:
+    owned = owning(run.path) if is_main() else contextlib.nullcontext()
+    with owned, Stop(alone=world_size() == 1) as stop, Progress(run, log) as progress:
         try:
             for batches in steps(run, stop):
                 if batches:                                          # none: a resumed run owes its evaluation
@@ -863,7 +954,8 @@ def train(
                 if asked or checkpoint_due(run): save_checkpoint(run)
                 if asked: raise KeyboardInterrupt
         except (KeyboardInterrupt, LoaderDied, InputError) as e:
-            if run.loading or run.pending: save_checkpoint(run)      # between two steps, or in an evaluation that is still due
+            # between two steps, or in an evaluation that is still due
+            if run.loading or run.pending: save_checkpoint(run)
             raise stopped(run, e) from None
         leave(wait=True)                                             # what is left to do is the first process's
         with stop.at_once(): finish(run, log)
@@ -878,12 +970,13 @@ def take(items:Items, which) -> list: # of (image, target)
     return found
 
 def save_pictures(run:Run) -> None:
-    "`curves.png`, `predictions.png` (truth beside prediction) and `assignment.png` (which locations were positive, level by level)."
+    """`curves.png`, `predictions.png` (truth beside prediction) and `assignment.png` (which locations were positive,
+    level by level)."""
     from ala_nb import show
     model, ds, c = load_detector(run.path, 'best', run.device), run.val_set or run.train_set, run.config
     look = eval_transforms(c.size or None, c.max_size or None)
     some = take(Items(ds, look), range(min(len(ds), 8)))
-    busy = next(x for x in (ds, run.train_set) if with_objects(x, 1))                # a validation set may be without objects
+    busy = next(x for x in (ds, run.train_set) if with_objects(x, 1))  # a validation set may be without objects
     with torch.no_grad():
         found = model(to_device(*zip(*some), run.device)[0])
         images, targets = to_device(*zip(*take(Items(busy, look, train=True), with_objects(busy, 4))), run.device)
@@ -913,24 +1006,30 @@ def parse(argv:list=None) -> tuple: # configuration or None, run to resume or No
         if word: raise no_option(word.lstrip('-').split('=')[0])
         raise InputError(f'{unknown[0]!r} belongs to no option; --help lists every option')
     given = {k: dict(v) if k.endswith('_options') else v for k,v in vars(known).items()}
-    if None in given.get('method_options', {}).values(): given['method_options'] = none_words(given.get('method', Config.method), given['method_options'])
+    if None in given.get('method_options', {}).values():
+        given['method_options'] = none_words(given.get('method', Config.method), given['method_options'])
     run, file = given.pop('resume', None), given.pop('config', None)
-    if given.keys() & {'preset','list_presets','show'} and (given := with_preset(given, run or file)) is None: return None, None, {}
+    if given.keys() & {'preset','list_presets','show'} and (given := with_preset(given, run or file)) is None:
+        return None, None, {}
     if run is not None and file is not None:
         raise InputError('--config: a run that is resumed keeps its own settings; leave --config or --resume out')
     if run is not None: return None, Path(run), given
     if file is None: return recipe(**given), None, given
     if Path(file).suffix == '.toml': return recipe(**{**read_toml(Path(file)), **given}), None, given
-    stored = dataclasses.asdict(read_run(Path(file).parent if Path(file).name == 'config.json' else Path(file))['train'])
-    if given.get('method', stored['method']) != stored['method']: stored['method_options'] = {}      # they were another method's
+    stored = dataclasses.asdict(read_run(Path(file).parent if Path(file).name == 'config.json'
+                                         else Path(file))['train'])
+    # they were another method's
+    if given.get('method', stored['method']) != stored['method']: stored['method_options'] = {}
     return recipe(**{**stored, 'out': '', **given}), None, given
 
+# %% ../nbs/16_train.ipynb #c062a
 def read_toml(file:Path) -> dict:
     "Options from a TOML file; names and values are checked as those of the command line."
     try: import tomllib
     except ModuleNotFoundError:                                              # Python 3.10
         try: import tomli as tomllib
-        except ModuleNotFoundError: raise InputError(f'{file}: Python 3.10 reads TOML with another package: pip install tomli') from None
+        except ModuleNotFoundError:
+            raise InputError(f'{file}: Python 3.10 reads TOML with another package: pip install tomli') from None
     try: found = tomllib.loads(file.read_text(encoding='utf-8'))
     except OSError as e: raise InputError(f'--config {file}: {e.strerror}') from None
     except (ValueError, RecursionError) as e: raise InputError(f'{file} is no TOML file ({str(e)[:100]})') from None
@@ -939,31 +1038,38 @@ def read_toml(file:Path) -> dict:
     return found
 
 def with_preset(given:dict, other) -> dict: # None where something was only to be printed
-    "Settings filled up with those of `--preset`; `--list_presets` and `--show` are answered here. `other`: a run or file that has its own."
+    """Settings filled up with those of `--preset`; `--list_presets` and `--show` are answered here. `other`: a run or
+    file that has its own."""
     from ala_nb import presets
     if given.pop('list_presets', False): return say(presets.presets_table())
     name, show = given.pop('preset', None), given.pop('show', False)
-    if other is not None: raise InputError('--preset, --show: a run or a file of settings has its own; leave --resume and --config out')
+    if other is not None:
+        raise InputError('--preset, --show: a run or a file of settings has its own; leave --resume and --config out')
     if name is not None:
         given, said = presets.preset_knobs(name, given)
         if os.environ.get('RANK', '0') == '0': say('\n'.join(said))
         if not show and 'data' not in given: raise InputError('--preset: say where the images are with --data DIR')
-    return say(json.dumps(dataclasses.asdict(as_config(given) if 'data' not in given and name else recipe(**given)), indent=1)) if show else given
+    return say(json.dumps(dataclasses.asdict(as_config(given) if 'data' not in given and name else recipe(**given)),
+                          indent=1)) if show else given
 
 def none_words(method:str, options:dict) -> dict:
-    "Options with 'none' for an unquoted `none`, where a method's option is a word (`centre=none`) and not a number or nothing."
+    """Options with 'none' for an unquoted `none`, where a method's option is a word (`centre=none`) and not a number
+    or nothing."""
     known = method_options(method_class(method))
     word = lambda o: o in known and known[o].annotation is str and isinstance(known[o].default, str)
     return {o: 'none' if v is None and word(o) else v for o,v in options.items()}
 
+# %% ../nbs/16_train.ipynb #c062b
 def one_line(e:BaseException) -> str:
     "An error's message; from a loading process, the last line of what it reports."
     if isinstance(e, InputError): return error_text(e)
     return (str(e).strip().splitlines() or [type(e).__name__])[-1].split('InputError: ')[-1]
 
 def restarted(c:Config) -> bool:
-    "Whether `torchrun --max_restarts` starts these processes again, after one had ended, and their run is there to go on with."
-    if int(os.environ.get('TORCHELASTIC_MAX_RESTARTS') or 0) and not c.out: raise InputError('--max_restarts needs a folder to go on in: give --out')
+    """Whether `torchrun --max_restarts` starts these processes again, after one had ended, and their run is there to
+    go on with."""
+    if int(os.environ.get('TORCHELASTIC_MAX_RESTARTS') or 0) and not c.out:
+        raise InputError('--max_restarts needs a folder to go on in: give --out')
     return int(os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0) > 0 and is_run(c.out)
 
 def main(argv:list=None) -> int: # exit code
@@ -978,8 +1084,10 @@ def main(argv:list=None) -> int: # exit code
         return 0
     except InputError as e: code, text, own = 2, f'error: {one_line(e)}', getattr(e, 'own', False)
     except NonFinite as e: code, text = 3, f'error: {one_line(e)}'
-    except torch.OutOfMemoryError as e: code, text = 1, f'error: {one_line(e)}; a smaller --batch_size with --accumulate needs less'
-    except MemoryError: code, text = 1, 'error: the machine has no memory left; take a smaller --batch_size or fewer --workers'
+    except torch.OutOfMemoryError as e:
+        code, text = 1, f'error: {one_line(e)}; a smaller --batch_size with --accumulate needs less'
+    except MemoryError:
+        code, text = 1, 'error: the machine has no memory left; take a smaller --batch_size or fewer --workers'
     except BrokenPipeError: return nobody_reads()
     except OSError as e: code, text = 1, f'error: {one_line(e)}'
     except KeyboardInterrupt as e: code, text = 130, str(e) or 'stopped'
@@ -990,4 +1098,5 @@ def main(argv:list=None) -> int: # exit code
     return code
 
 # %% ../nbs/16_train.ipynb #c063
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())       # not in the notebook, whose name is __main__ too
+# not in the notebook, whose name is __main__ too
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
