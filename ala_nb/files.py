@@ -9,7 +9,7 @@ __all__ = ['FORMATS', 'SUFFIXES', 'shown', 'said', 'count_of', 'Faults', 'check_
            'underscored', 'Parser', 'parse_pair']
 
 # %% ../nbs/03c_files.ipynb #f002
-import argparse, ast, codecs, contextlib, functools, json, os, re, signal, sys, tempfile
+import argparse, ast, codecs, contextlib, functools, json, os, re, signal, stat, sys, tempfile
 import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
@@ -64,7 +64,9 @@ def _line(e): return ' '.join(str(e).split())[:200] or type(e).__name__
 
 def read_bytes(file)->bytes:
     "A file's bytes, or an InputError."
-    try: return Path(file).read_bytes()
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode): raise OSError(22, 'it is no file')    # a pipe would be waited for
+        return Path(file).read_bytes()
     except (OSError, ValueError) as e:
         raise InputError(f'{shown(file)}: cannot be read ({shown(getattr(e, "strerror", None) or e)}); check that it '
             'is a file that you may read') from None
@@ -125,6 +127,8 @@ def _formats(): Image.init(); return tuple(f for f in FORMATS if f in Image.OPEN
 
 def open_image(file):
     "Pillow's image of a file, if it is of one of `FORMATS`."
+    if isinstance(file, (str, os.PathLike)) and not stat.S_ISREG(os.stat(file).st_mode):
+        raise OSError(22, 'it is no file')
     return Image.open(file, formats=_formats())
 
 # %% ../nbs/03c_files.ipynb #f014a
@@ -293,7 +297,7 @@ class _ByName:
         found = self.by_name.get(base) or (self.by_name.get(_upload.sub('', base, count=1)) if _upload.match(base)
             else None) or []
         others = [p for p in found if not self.allowed(p)]
-        found = [p for p in found if self.allowed(p)]
+        found = [p for p in found if self.allowed(p) and _is_file(p)]
         def shared(p):                                                         # folders in common, from the end
             mine = [x.lower() for x in p.relative_to(self.root).parts[:-1]]
             return next((k for k,(a,b) in enumerate(zip(reversed(mine), reversed(folders))) if a!=b),

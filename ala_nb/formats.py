@@ -20,7 +20,7 @@ import numpy as np
 from .geometry import InputError
 from .files import (SUFFIXES, Pictures, _is_file, _mismatch, check_faults, count_of, image_info, read_image,
     read_json, read_text, read_xml,
-                          said, shown, translated, turns)
+                          read_bytes, said, shown, translated, turns)
 
 # %% ../nbs/03d_formats.ipynb #g005
 @dataclass
@@ -166,8 +166,8 @@ def map_classes(
 # %% ../nbs/03d_formats.ipynb #g016
 def _is_coco(file:Path)->bool:
     "Whether a JSON file names COCO's three lists, without parsing it."
-    try: b = file.read_bytes()
-    except OSError: return False
+    try: b = read_bytes(file)
+    except InputError: return False
     return all(k in b for k in (b'"images"', b'"annotations"', b'"categories"'))
 
 def coco_splits(root:Path)->dict:

@@ -147,10 +147,11 @@ def check_inputs(
     good, bad = [], []
     for f in files:
         try: probe_image(f); good.append(f)
-        except InputError as e: bad.append(str(e).split('; ')[0])
+        except InputError as e:
+            bad.append(str(e).replace(', or take it out of the annotations', '').replace(' or take it out of the annotations', ''))
     if bad and not skip:
         raise InputError(f'{bad[0]}' + (f' (and {len(bad)-1} more)' if len(bad)>1 else '')
-            + '; replace it, or leave such files out with --skip_unreadable')
+            + '; or leave such files out with --skip_unreadable')
     for b in bad: print(f'skipped: {shown(b)}', file=sys.stderr)
     if not good: raise InputError('none of the files can be read as an image')
     return good

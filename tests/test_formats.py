@@ -465,3 +465,10 @@ def test_hidden_files_are_nobodys(tmp_path, layout):
     for f in [p for p in tmp_path.rglob('*') if p.is_file()]:
         f.with_name(f'._{f.name}').write_bytes(b'\0\5\x16\7\xff'); (f.parent/'.ipynb_checkpoints').mkdir(exist_ok=True); (f.parent/'.ipynb_checkpoints'/f.name).write_bytes(f.read_bytes().replace(b'cat', b'old'))
     assert [b for *_,b in found(tmp_path, split)]==[b for *_,b in RIGHT] and load_dataset(tmp_path, split).classes[0] in ('cat','person')
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no pipes here')
+def test_a_pipe_is_not_waited_for(tmp_path, monkeypatch):
+    root = write_coco(tmp_path/'set', coco_dict()); monkeypatch.chdir(root); assert len(load_dataset('.'))==3      # the folder itself, from within
+    os.mkfifo(root/'pipe.json'); os.mkfifo(root/'train/9.png'); assert len(load_dataset(root))==3
+    (root/'annotations/instances_train.json').unlink(); os.mkfifo(root/'annotations/instances_train.json'); complains(root, 'instances_train.json', 'it is no file')
+    d = coco_dict(); d['images'][0]['file_name'] = '9.png'; (root/'annotations/instances_train.json').unlink(); text(root/'annotations/instances_train.json', d); complains(root, 'image 9.png is not in')
