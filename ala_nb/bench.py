@@ -255,8 +255,8 @@ def measure(
     rounds:int=7, device='cpu', clock:str='cpu', budget:float=60., # see `alternate`, `clock_of`
 )->list: # columns of a row for each of the others; without others, of one row
     "Time and memory of functions, and the ratio of each to the first."
-    mb = {name: peak_memory(run, device) for name,run in runs.items()}
     times = alternate(runs, rounds, clock_of(device, clock), budget)
+    mb = {name: peak_memory(run, device) for name,run in runs.items()}   # afterwards: a first call may also compile
     first, *others = runs
     ms, low, high = spread([1e3*t for t in times[first]])
     mine = dict(rounds=len(times[first]), ms=ms, ms_low=low, ms_high=high, mb=mb[first])
