@@ -77,7 +77,6 @@ def make_step(method:str, batch:Batch, backbone:str='resnet18', precision:str='f
 
 # %% ../nbs/19_bench.ipynb #c010
 class Unavailable(Exception): "Why something is not measured."
-
 def torchvision_step(batch:Batch, backbone:str='resnet18', seed:int=0):
     "A training step of torchvision's FCOS; it counts labels from 1."
     if batch.strides != STRIDES: raise Unavailable('torchvision has no pyramid of these strides')
@@ -101,8 +100,7 @@ def torchvision_fcos(batch:Batch):
     "A function that computes torchvision's FCOS loss and its gradients; its distances are in strides."
     from torchvision.models.detection.fcos import FCOS, FCOSHead
     points, strides = grid_points([m.shape[2:] for m in batch.cls], batch.strides, device=batch.device)
-    half = strides[:,None]/2
-    anchors = [torch.cat([points-half, points+half], 1)]*batch.n_images
+    anchors = [torch.cat([points-strides[:,None]/2, points+strides[:,None]/2], 1)]*batch.n_images
     model = types.SimpleNamespace(center_sampling_radius=1.5, head=FCOSHead(32, 1, batch.n_classes, 1))
     sides = [(m.detach()/s).requires_grad_() for m,s in zip(batch.distances, batch.strides)]
     leaves, per_level = batch.cls+sides+batch.third, [m[0,0].numel() for m in batch.cls]
@@ -188,11 +186,8 @@ def method_loss(name:str, batch:Batch, dense:bool=False):
         return torch.autograd.grad(total, leaves, allow_unused=True)
     return run
 
-def make_run(
-    name:str, # of a method, or 'dense NAME', 'torchvision fcos', 'mmdet NAME'
-    batch:Batch,
-): # a function to be timed
-    "What a name stands for; `Unavailable` if it cannot be had here."
+def make_run(name:str, batch:Batch):
+    "The function for a method's name, 'dense NAME', 'torchvision fcos', 'mmdet NAME'; `Unavailable` if none."
     kind, _, rest = name.partition(' ')
     if kind == 'dense': return method_loss(rest, batch, True)
     if kind == 'torchvision': return torchvision_fcos(batch)
@@ -237,15 +232,12 @@ class Case:
     device:str='cpu'
     threads:int=1         # of the CPU
     seed:int=0
-
     def make(self, strides=STRIDES)->Batch:
-        "The batch."
         size = tuple(map(int, self.size.split('x')))
         if self.objects == 'xview':
             return xview_like(self.images, size, self.classes, XVIEW['strides'], self.device, self.seed)
         objects = None if self.objects == 'coco' else int(self.objects)
         return coco_like(self.images, objects, size, self.classes, strides, self.device, self.seed)
-
     def __str__(self):
         kind = dict(coco='COCO-like', xview='xView-like').get(self.objects, f'{self.objects} objects')
         return f'{self.images} × {kind}, {self.size} px, {self.classes} classes, {self.device}, threads: {self.threads}'
@@ -323,8 +315,7 @@ def read_rows(*files)->list: # dicts
         with open(file, newline='', encoding='utf-8') as f:
             reader = csv.DictReader(f)
             if reader.fieldnames != FIELDS:
-                raise InputError(f'{file}: its columns are not those of this version; move the file away, or name '
-                                 'another folder with --out')
+                raise InputError(f'{file}: not the columns of this version; move it away or give --out another folder')
             for line in reader:
                 rows[tuple(line[k] for k in KEY)] = {k: as_value(v or '') for k,v in line.items()}
     return list(rows.values())
@@ -440,9 +431,7 @@ def run_bench(a, command:str='', say=print):
             write_rows(out/f'bench_{what}.csv', found); say(table(found))
 
 # %% ../nbs/19_bench.ipynb #c044
-def main(
-    argv=None, # list of arguments; None: of the command line
-)->int: # exit code
+def main(argv=None)->int: # exit code
     "The command `python -m ala_nb.bench`."
     def work():
         given, before = underscored(argv), torch.get_num_threads()
