@@ -24,7 +24,8 @@ ANCHORS = dict(head_options=dict(box_activation='anchor', box_bias=0.), p7_relu=
 FORMS = dict(
     fcos_v1=dict(method='fcos', method_options=dict(variant='mmdet', centre_sampling=None, reg_loss='iou'), head_options=dict(box_activation='exp_px', third_on='cls'),
                  nms_threshold=.5, **BY_CLASS),
-    fcos=dict(method='fcos', method_options=dict(variant='mmdet'), head_options=dict(box_activation='relu'), **BY_CLASS),
+    fcos=dict(method='fcos', method_options=dict(variant='mmdet'), head_options=dict(box_activation='relu'),
+              **BY_CLASS),
     atss=dict(method='atss', method_options=dict(variant='mmdet'), **ANCHORS, **BY_CLASS),
     atss_authors=dict(method='atss', method_options=dict(variant='released'), select_by='class', **ANCHORS),
     dynamic_atss=dict(method='ciou_atss', method_options=dict(variant='released'), select_by='class', **ANCHORS),
@@ -50,21 +51,24 @@ def guess_form(
     if has('bbox_head.reg_offset'): return 'dw'
     if has('bbox_head.centerness_convs'): return 'o2f'
     if has('bbox_head.center_prior'): # DW's is fixed at (0, 1.11), AutoAssign's is learned
-        return 'dw_plain' if (state['bbox_head.center_prior.sigma'] == state['bbox_head.center_prior.sigma'][0,0]).all() and 'AutoAssign' not in config else 'autoassign'
+        return 'dw_plain' if (state['bbox_head.center_prior.sigma'] == state['bbox_head.center_prior.sigma'][0,
+            0]).all() and 'AutoAssign' not in config else 'autoassign'
     if has('bbox_head.atss_cls'): return 'atss'
     if 'norm_on_bbox' in config: return 'fcos' if re.search(r'norm_on_bbox\W*[=:]\s*True', config) else 'fcos_v1'
     if 'FCOSHead' in config: return 'fcos_v1'
     raise InputError("--form: the weights do not say which FCOS they are; give fcos_v1 (exp, centre-ness on the class tower) or fcos (norm_on_bbox, centerness_on_reg)")
 
 # %% ../nbs/22_convert.ipynb #v021
-BLOCKS = {(2,2,2,2,False): 'resnet18', (3,4,6,3,False): 'resnet34', (3,4,6,3,True): 'resnet50', (3,4,23,3,True): 'resnet101'}
+BLOCKS = {(2,2,2,2,False): 'resnet18', (3,4,6,3,False): 'resnet34', (3,4,6,3,True): 'resnet50',
+          (3,4,23,3,True): 'resnet101'}
 GROUPED = {(256,4): 'resnext101_64x4d', (256,8): 'resnext101_32x8d'}      # first 3x3 convolution: outputs, inputs a group
 
 def which_resnet(
     state:dict, # name -> tensor, our names
 ): # name of the backbone, its deformable stages
     "The backbone by its blocks; `InputError` if we have no such one."
-    blocks = [1 + max((int(k.split('.')[2]) for k in state if k.startswith(f'body.layer{i}.')), default=-1) for i in (1,2,3,4)]
+    blocks = [1 + max((int(k.split('.')[2]) for k in state if k.startswith(f'body.layer{i}.')), default=-1)
+              for i in (1,2,3,4)]
     name = BLOCKS.get((*blocks, any(k.endswith('conv3.weight') for k in state)))
     first = state.get('body.layer1.0.conv2.weight')
     if name is None or first is None: raise InputError(f"the backbone has {blocks} blocks in its four stages, which is none of our ResNets")
@@ -92,16 +96,20 @@ def detector_options(
     o['backbone'], deformable = (which_swin(state), ()) if swin else which_resnet(state)
     if style is None or swin:
         bottleneck, grouped = 'body.layer1.0.conv3.weight' in state, 'resnext' in o['backbone']
-        style = 'caffe' if folded_statistics({k: v for k,v in state.items() if k.startswith('body.')}) and bottleneck or form in CAFFE_FORMS and not grouped and not swin else 'pytorch'
+        style = 'caffe' if folded_statistics({k: v for k,
+                                              v in state.items() if k.startswith('body.')}) and bottleneck or form in CAFFE_FORMS and not grouped and not swin else 'pytorch'
     if style == 'caffe': o.update(CAFFE)
-    o['backbone_options'] = {} if swin else dict(style=style, deformable=list(deformable)) if deformable else dict(style=style)
+    o['backbone_options'] = {} if swin else dict(style=style,
+                                                 deformable=list(deformable)) if deformable else dict(style=style)
     o['norm'] = 'own' if swin else 'frozen' if style == 'caffe' or form == 'torchvision' else 'eval'
-    need = ('head.cls.weight', 'head.box_tower.0.weight', 'pyramid.fpn.inner_blocks.0.0.weight', 'pyramid.fpn.extra_blocks.convs.0.weight')
+    need = ('head.cls.weight', 'head.box_tower.0.weight', 'pyramid.fpn.inner_blocks.0.0.weight',
+            'pyramid.fpn.extra_blocks.convs.0.weight')
     for k in need:
         if k not in state: raise InputError(f"the weights hold no {k} (our name); is this a whole detector with a pyramid?")
     o['trainable_layers'] = 3                                         # all of them were trained with the stem and the next stage frozen
     o['num_classes'], o['channels'] = state['head.cls.weight'].shape[:2]
-    o['head_convs'] = sum(bool(re.fullmatch(r'head\.box_tower\.\d+\.weight', k)) and v.ndim == 4 for k,v in state.items())
+    o['head_convs'] = sum(bool(re.fullmatch(r'head\.box_tower\.\d+\.weight', k)) and v.ndim == 4 for k,
+                          v in state.items())
     maps, extra = (len({k.split('.')[3] for k in state if part in k}) for part in ('inner_blocks','layer_blocks'))
     extra = len({k.split('.')[4] for k in state if 'extra_blocks' in k})
     o['strides'] = [32//2**(maps-1)*2**i for i in range(maps+extra)]
@@ -134,12 +142,15 @@ def read_checkpoint(
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         bad = next((g for g in unsafe if not re.fullmatch(LOGS, g)), None)
         if bad: raise InputError(f"{path}: holds {bad}, which is neither a tensor nor a number; nothing of it was run, and nothing is read")
-        with torch.serialization.safe_globals([(Inert, g) for g in unsafe]): found = torch.load(path, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals([(Inert, g) for g in unsafe]): found = torch.load(path,
+            map_location='cpu', weights_only=True)
     except InputError: raise
     except Exception as e: raise InputError(f"{path}: cannot be read as weights ({type(e).__name__}: {str(e).splitlines()[0][:100] if str(e) else ''})") from e
     notes = found.get('meta') if isinstance(found, dict) and isinstance(found.get('meta'), dict) else {}
-    for key in ('state_dict','model'): found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
-    state = {k.removeprefix('module.'): v for k,v in found.items() if isinstance(k, str) and isinstance(v, Tensor)} if isinstance(found, dict) else {}
+    for key in ('state_dict','model'): found = found[key] if isinstance(found, dict) and isinstance(found.get(key),
+        dict) else found
+    state = {k.removeprefix('module.'): v for k,v in found.items() if isinstance(k, str)
+             and isinstance(v, Tensor)} if isinstance(found, dict) else {}
     if not state: raise InputError(f"{path}: holds no named tensors; give a checkpoint of a detector")
     return state, notes
 
@@ -148,7 +159,8 @@ def class_names(notes:dict, n:int, source:str)->list:
     "Names of the classes: the file's, COCO's where there are as many, or numbers."
     from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
     data = notes.get('dataset_meta') if isinstance(notes.get('dataset_meta'), dict) else {}
-    names = next((list(c) for c in (data.get('classes'), data.get('CLASSES'), notes.get('CLASSES')) if isinstance(c, (list,tuple)) and len(c) == n), None)
+    names = next((list(c) for c in (data.get('classes'), data.get('CLASSES'), notes.get('CLASSES'))
+                  if isinstance(c, (list,tuple)) and len(c) == n), None)
     coco = FCOS_ResNet50_FPN_Weights.COCO_V1.meta['categories']
     if names is None: names = coco if len(coco) == n else [c for c in coco if c not in ('__background__','N/A')]
     if len(names) != n: names = (['background'] if source == 'torchvision' else []) + [f'class {i}' for i in range(n)]
@@ -168,12 +180,14 @@ def convert_state(
     form = form or guess_form(state, source, config)
     ours, left = our_names(state, source)
     if style is None and (m := re.search(r"style\W*[=:]\s*['\"](pytorch|caffe)['\"]", config)): style = m[1]
-    model = Detector(**detector_options(ours, form, style)).to(next(v.dtype for v in ours.values() if v.is_floating_point()))
+    model = Detector(**detector_options(ours, form,
+                                        style)).to(next(v.dtype for v in ours.values() if v.is_floating_point()))
     own = model.state_dict()
     left += [k for k in ours if k not in own and not k.endswith('num_batches_tracked')]
     wrong = next((k for k,v in own.items() if k in ours and ours[k].shape != v.shape), None)
     if wrong: raise InputError(f"{wrong}: {tuple(ours[wrong].shape)} in the checkpoint, {tuple(own[wrong].shape)} in form {form}; give another --form")
-    missing = [k for k in own if k not in ours and not k.endswith(('num_batches_tracked','relative_position_index')) and k not in ('body.norms.0.weight','body.norms.0.bias')]
+    missing = [k for k in own if k not in ours and not k.endswith(('num_batches_tracked','relative_position_index'))
+               and k not in ('body.norms.0.weight','body.norms.0.bias')]
     if missing: raise InputError(f"form {form} needs {len(missing)} tensors that the checkpoint does not have, first {missing[0]}; give another --form")
     model.load_state_dict({**own, **{k: v for k,v in ours.items() if k in own}})
     for k in ('mean','std'): setattr(model, k, torch.tensor(model.config[k], dtype=model.mean.dtype).view(3,1,1))   # of float64 weights not rounded to float32
@@ -195,11 +209,13 @@ def convert(
     bad = next((k for k,v in model.state_dict().items() if v.is_floating_point() and not v.isfinite().all()), None)
     if bad: raise InputError(f"{checkpoint}: {bad} has values that are not finite numbers; give another checkpoint")
     o = model.float().config
-    train = {k: o[k] for k in ('method','backbone','method_options','score_threshold','nms_threshold')} | dict(size=size, max_size=max_size)
+    train = {k: o[k] for k in ('method','backbone','method_options','score_threshold',
+                               'nms_threshold')} | dict(size=size, max_size=max_size)
     out.mkdir(parents=True, exist_ok=True)
     for name in ('last','best'): save_weights(model, out/f'{name}.safetensors')
     part = out/'.config.json.tmp'
-    part.write_text(json.dumps(dict(train=train, detector=o, classes=model.classes, images=0, converted=str(Path(checkpoint).name)), indent=1), encoding='utf-8')
+    part.write_text(json.dumps(dict(train=train, detector=o, classes=model.classes, images=0,
+                                    converted=str(Path(checkpoint).name)), indent=1), encoding='utf-8')
     part.replace(out/'config.json')                                   # last: a folder without it is no run
     words = f"; {len(left)} tensors have no place in it and were left out, first {left[0]}" if left else ''
     return f"{out}: {o['method']} on {o['backbone']}, {len(model.classes)} classes, {sum(p.numel() for p in model.parameters())/1e6:.1f} M parameters{words}"
@@ -208,7 +224,8 @@ def main(
     argv=None, # list of arguments; None: of the command line
 )->int: # exit code
     "The command `python -m ala_nb.convert`."
-    p = Parser(prog='python -m ala_nb.convert', allow_abbrev=False, description="Make a run of a published detector's checkpoint. No code of the file is run.")
+    p = Parser(prog='python -m ala_nb.convert', allow_abbrev=False,
+               description="Make a run of a published detector's checkpoint. No code of the file is run.")
     p.add_argument('checkpoint', metavar='CHECKPOINT', help='.pth, .pt or .safetensors')
     p.add_argument('--from', dest='source', metavar='|'.join(NAMES), help='whose it is [by the names of its tensors]')
     p.add_argument('--form', metavar='NAME', help=f"which detector: {', '.join(FORMS)} [by the weights]")

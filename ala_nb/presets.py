@@ -13,17 +13,22 @@ from dataclasses import dataclass, field
 from .geometry import InputError
 
 # %% ../nbs/21_presets.ipynb #p011
-SCHEDULES = {'1x': dict(epochs=12, milestones=(8/12, 11/12)), '2x': dict(epochs=24, milestones=(16/24, 22/24)), '3x': dict(epochs=36, milestones=(24/36, 33/36))}
+SCHEDULES = {'1x': dict(epochs=12, milestones=(8/12, 11/12)), '2x': dict(epochs=24, milestones=(16/24, 22/24)),
+             '3x': dict(epochs=36, milestones=(24/36, 33/36))}
 
 RECIPE = dict(train_split='train2017', val_split='val2017', size=800, max_size=1333, flip=.5, batch_size=16, optimizer='sgd', lr=.01, momentum=.9,
               weight_decay=1e-4, schedule='multistep', gamma=.1, warmup=1000, clip=0., ema=0., eval_every=1, weights='imagenet')
 
 PLAIN = dict(norm='eval', trainable_layers=3)
 DCN = dict(backbone_options=dict(deformable=(3,4,5)))
-NETS = dict(r50=dict(backbone='resnet50', detector_options=PLAIN), r101=dict(backbone='resnet101', detector_options=PLAIN),
-            x101=dict(backbone='resnext101_64x4d', detector_options=PLAIN), r50_dcn=dict(backbone='resnet50', detector_options=PLAIN | DCN),
-            r101_dcn=dict(backbone='resnet101', detector_options=PLAIN | DCN), x101_dcn=dict(backbone='resnext101_64x4d', detector_options=PLAIN | DCN),
-            swin_t=dict(backbone='swin_t', detector_options=dict(trainable_layers=3, backbone_options=dict(drop_path=.2)), optimizer='adamw', lr=1e-4, weight_decay=.05))
+NETS = dict(r50=dict(backbone='resnet50', detector_options=PLAIN),
+            r101=dict(backbone='resnet101', detector_options=PLAIN),
+            x101=dict(backbone='resnext101_64x4d', detector_options=PLAIN),
+            r50_dcn=dict(backbone='resnet50', detector_options=PLAIN | DCN),
+            r101_dcn=dict(backbone='resnet101', detector_options=PLAIN | DCN),
+            x101_dcn=dict(backbone='resnext101_64x4d', detector_options=PLAIN | DCN),
+            swin_t=dict(backbone='swin_t', optimizer='adamw', lr=1e-4, weight_decay=.05,
+                        detector_options=dict(trainable_layers=3, backbone_options=dict(drop_path=.2))))
 
 def between(a:int, b:int)->dict:
     "Multi-scale training: short sides from a to b px, in steps of 8."
@@ -51,7 +56,8 @@ def merged(*parts)->dict:
         for k,v in part.items(): out[k] = merged(out.get(k, {}), v) if isinstance(v, dict) else v
     return out
 
-def add(name:str, paper:str, ap:str, net:str, schedule:str, method:str, options:dict=None, *more, needs:str='', missing:str='')->None:
+def add(name:str, paper:str, ap:str, net:str, schedule:str, method:str, options:dict=None, *more, needs:str='',
+        missing:str='')->None:
     "One more preset: the recipe, then network, schedule, method, and what else is the row's own."
     knobs = merged(RECIPE, NETS[net], SCHEDULES[schedule], dict(method=method, method_options=options or {}), *more)
     if name in PRESETS: raise InputError(f'preset {name!r} is there twice')
@@ -61,71 +67,97 @@ def add(name:str, paper:str, ap:str, net:str, schedule:str, method:str, options:
 TESTDEV = 'test-dev for the printed number; val2017 is near it'
 MSTEST = TESTDEV + '; evaluate --scales 400 600 800 1000 1200 --max_size 2000 --flip, or other sizes: the papers name none'
 for net,ap in dict(r101='48.4', x101='47.9', r101_dcn='48.0', x101_dcn='49.3').items():
-    add(f'ala_{net}_2x_ms', 'ALA, Table XIII (XV: ten seeds)', f'{ap} test-dev', net, '2x', 'ala', None, MS, needs=TESTDEV)
+    add(f'ala_{net}_2x_ms', 'ALA, Table XIII (XV: ten seeds)', f'{ap} test-dev', net, '2x', 'ala', None, MS,
+        needs=TESTDEV)
 for net,ap in dict(r101='48.9', x101_dcn='52.3').items():
     add(f'ala_{net}_2x_ms_mstest', 'ALA, Table XIV', f'{ap} test-dev', net, '2x', 'ala', None, MS, needs=MSTEST)
 for net,ap in dict(r50='44.4', r101='45.4').items():
-    add(f'ala_o2o_{net}_3x_ms', 'ALA, Table XVII', f'{ap} test-dev', net, '3x', 'ala', dict(one_to_one=True), between(480, 800), needs=TESTDEV)
+    add(f'ala_o2o_{net}_3x_ms', 'ALA, Table XVII', f'{ap} test-dev', net, '3x', 'ala', dict(one_to_one=True),
+        between(480, 800), needs=TESTDEV)
 add('ala_r50_1x', 'ALA, Table I', '40.9 val', 'r50', '1x', 'ala')
 
 # %% ../nbs/21_presets.ipynb #p023
 VOC = dict(train_split='trainval', val_split='test', size=600, max_size=1000, epochs=12, milestones=(.75,))
 BOTH = 'the images of VOC 2007 and 2012 in one folder in VOC form'
 add('ala_voc07', 'ALA, Table XVI', 'mAP 90.1 VOC 2007 test', 'r50', '1x', 'ala', None, VOC, needs=BOTH)
-add('ala_voc12', 'ALA, Table XVI', 'mAP 87.4 VOC 2012 test', 'r50', '1x', 'ala', None, VOC, needs=BOTH + ", with 2007's test set in trainval; VOC's server for the printed number")
+add('ala_voc12', 'ALA, Table XVI', 'mAP 87.4 VOC 2012 test', 'r50', '1x', 'ala', None, VOC,
+    needs=BOTH + ", with 2007's test set in trainval; VOC's server for the printed number")
 
 # %% ../nbs/21_presets.ipynb #p031
 C5 = dict(detector_options=dict(p6_from='c5'))
 add('autoassign_r50_1x', 'AutoAssign, Tables 1 and 5', '40.5 val', 'r50', '1x', 'autoassign', None, C5)
 for net,ap in dict(r101='44.5', x101='46.5', x101_dcn='48.3').items():
-    add(f'autoassign_{net}_2x_ms', 'AutoAssign, Table 6', f'{ap} test-dev', net, '2x', 'autoassign', None, C5, MS, needs=TESTDEV)
-add('autoassign_x101_dcn_2x_wide', 'AutoAssign, Table 6 †', '49.5 test-dev', 'x101_dcn', '2x', 'autoassign', None, C5, WIDE, needs=TESTDEV)
-add('autoassign_x101_dcn_2x_wide_mstest', 'AutoAssign, Table 6 †‡', '52.1 test-dev', 'x101_dcn', '2x', 'autoassign', None, C5, WIDE, needs=MSTEST)
+    add(f'autoassign_{net}_2x_ms', 'AutoAssign, Table 6', f'{ap} test-dev', net, '2x', 'autoassign', None, C5, MS,
+        needs=TESTDEV)
+add('autoassign_x101_dcn_2x_wide', 'AutoAssign, Table 6 †', '49.5 test-dev', 'x101_dcn', '2x', 'autoassign', None, C5,
+    WIDE, needs=TESTDEV)
+add('autoassign_x101_dcn_2x_wide_mstest', 'AutoAssign, Table 6 †‡', '52.1 test-dev', 'x101_dcn', '2x', 'autoassign',
+    None, C5, WIDE, needs=MSTEST)
 add('autoassign_voc', 'AutoAssign, Table 7', '57.9 VOC 2007 test', 'r50', '1x', 'autoassign', None, C5, VOC, needs=BOTH)
-add('autoassign_objects365', 'AutoAssign, Table 7', '21.6 val', 'r50', '1x', 'autoassign', None, C5, dict(train_split='train', val_split='val'), needs='Objects365 in COCO form')
-add('autoassign_widerface', 'AutoAssign, Table 7', '49.5 val', 'r50', '1x', 'autoassign', None, C5, dict(train_split='train', val_split='val'), needs='WIDER FACE in COCO form')
+add('autoassign_objects365', 'AutoAssign, Table 7', '21.6 val', 'r50', '1x', 'autoassign', None, C5,
+    dict(train_split='train', val_split='val'), needs='Objects365 in COCO form')
+add('autoassign_widerface', 'AutoAssign, Table 7', '49.5 val', 'r50', '1x', 'autoassign', None, C5,
+    dict(train_split='train', val_split='val'), needs='WIDER FACE in COCO form')
 
 # %% ../nbs/21_presets.ipynb #p033
-ANCHORS = dict(warmup=500, detector_options=dict(head_options=dict(box_activation='anchor', box_bias=0.), p7_relu=False))
-for net,schedule,ap,atss in (('r50','1x','40.3','39.2'), ('r50_dcn','1x','44.4','43.0'), ('r101','2x','44.7','43.6'), ('r101_dcn','2x','47.3','46.3')):
+ANCHORS = dict(warmup=500, detector_options=dict(head_options=dict(box_activation='anchor', box_bias=0.),
+                                                 p7_relu=False))
+for net,schedule,ap,atss in (('r50','1x','40.3','39.2'), ('r50_dcn','1x','44.4','43.0'), ('r101','2x','44.7','43.6'),
+                             ('r101_dcn','2x','47.3','46.3')):
     own, name = ((MS,), f'{net}_2x_ms') if schedule == '2x' else ((), f'{net}_1x')
-    add(f'dynamic_atss_{name}', 'Combined IoUs, Table IV', f'{ap} test-dev', net, schedule, 'ciou_atss', None, ANCHORS, *own, needs=TESTDEV)
-    add(f'atss_{name}', 'ATSS, in Combined IoUs, Table IV', f'{atss} test-dev', net, schedule, 'atss', None, ANCHORS, *own, needs=TESTDEV)
+    add(f'dynamic_atss_{name}', 'Combined IoUs, Table IV', f'{ap} test-dev', net, schedule, 'ciou_atss', None,
+        ANCHORS, *own, needs=TESTDEV)
+    add(f'atss_{name}', 'ATSS, in Combined IoUs, Table IV', f'{atss} test-dev', net, schedule, 'atss', None, ANCHORS,
+        *own, needs=TESTDEV)
 for net,ap in dict(x101='45.6', x101_dcn='47.7').items():
-    add(f'atss_{net}_2x_ms', 'ATSS, in AutoAssign, Table 6', f'{ap} test-dev', net, '2x', 'atss', None, ANCHORS, MS, needs=TESTDEV)
+    add(f'atss_{net}_2x_ms', 'ATSS, in AutoAssign, Table 6', f'{ap} test-dev', net, '2x', 'atss', None, ANCHORS, MS,
+        needs=TESTDEV)
 
 # %% ../nbs/21_presets.ipynb #p035
 LAST = dict(detector_options=dict(head_options=dict(deform_last=True)))
 for net,ap,refined in (('r101','46.2','46.8'), ('r101_dcn','49.3','49.5'), ('x101','48.2','48.7')):
     more = (WIDE, LAST) if net.endswith('dcn') else (WIDE,)
     add(f'dw_{net}_2x_ms', 'DW, Table 7', f'{ap} test-dev', net, '2x', 'dw', None, *more, needs=TESTDEV)
-    add(f'dw_refine_{net}_2x_ms', 'DW, Table 7', f'{refined} test-dev', net, '2x', 'dw', dict(refine='deform'), *more, needs=TESTDEV)
-add('dw_toodhead_x101_2x_ms', 'DW, Table 7 *', '49.8 test-dev', 'x101', '2x', 'dw', None, WIDE, needs=TESTDEV, missing="TOOD's head: this is the row's training with FCOS's head")
+    add(f'dw_refine_{net}_2x_ms', 'DW, Table 7', f'{refined} test-dev', net, '2x', 'dw', dict(refine='deform'), *more,
+        needs=TESTDEV)
+add('dw_toodhead_x101_2x_ms', 'DW, Table 7 *', '49.8 test-dev', 'x101', '2x', 'dw', None, WIDE, needs=TESTDEV,
+    missing="TOOD's head: this is the row's training with FCOS's head")
 add('dw_r50_1x', 'DW, Tables 4 – 6', '41.5 val', 'r50', '1x', 'dw')
 add('dw_refine_r50_1x', 'DW, Table 6', '42.2 val', 'r50', '1x', 'dw', dict(refine='deform'))
 
 # %% ../nbs/21_presets.ipynb #p037
 RELU = dict(detector_options=dict(head_options=dict(box_activation='relu', box_bias=1.)))
-for match,alpha,ap in (('add',0.,'35.3'), ('add',.6,'37.9'), ('add',.8,'36.7'), ('add',1.,'10.6'), ('multiply',0.,'35.5'), ('multiply',.6,'38.1'), ('multiply',.8,'39.0'), ('multiply',1.,'10.4')):
-    add(f'o2f_r50_1x_{match}_{alpha:g}', 'o2f, Table 4', f'{ap} val', 'r50', '1x', 'o2f', dict(match=match, alpha=alpha))
+for match,alpha,ap in (('add',0.,'35.3'), ('add',.6,'37.9'), ('add',.8,'36.7'), ('add',1.,'10.6'),
+                       ('multiply',0.,'35.5'), ('multiply',.6,'38.1'), ('multiply',.8,'39.0'), ('multiply',1.,'10.4')):
+    add(f'o2f_r50_1x_{match}_{alpha:g}', 'o2f, Table 4', f'{ap} val', 'r50', '1x', 'o2f',
+        dict(match=match, alpha=alpha))
 for schedule,own in (('1x',()), ('3x',(MS,))):
     tag, i = ('1x' if schedule == '1x' else '3x_ms'), int(schedule == '3x')
     for n,ap in ((1,('38.4','41.6')), (2,('38.7','42.0')), (3,('39.0','42.2'))):
-        add(f'o2f_r50_{tag}' if n == 3 else f'o2f_r50_{tag}_{n}conv', 'o2f, Table 5', f'{ap[i]} val', 'r50', schedule, 'o2f', dict(third_convs=n), *own)
-    for table,net,o2f,poto,fcos in (('6','r101',('40.9','43.8'),('38.6','42.0'),('41.0','43.5')), ('7','swin_t',('42.9','46.1'),('40.8','44.0'),('43.6','46.8'))):
+        add(f'o2f_r50_{tag}' if n == 3 else f'o2f_r50_{tag}_{n}conv', 'o2f, Table 5', f'{ap[i]} val', 'r50', schedule,
+            'o2f', dict(third_convs=n), *own)
+    for table,net,o2f,poto,fcos in (('6','r101',('40.9','43.8'),('38.6','42.0'),('41.0','43.5')),
+                                    ('7','swin_t',('42.9','46.1'),('40.8','44.0'),('43.6','46.8'))):
         add(f'o2f_{net}_{tag}', f'o2f, Table {table}', f'{o2f[i]} val', net, schedule, 'o2f', None, *own)
         add(f'poto_{net}_{tag}', f'POTO, in o2f, Table {table}', f'{poto[i]} val', net, schedule, 'poto', None, *own)
-        add(f'fcos_{net}_{tag}', f'FCOS, in o2f, Table {table}', f'{fcos[i]} val', net, schedule, 'fcos', None, RELU, *own)
+        add(f'fcos_{net}_{tag}', f'FCOS, in o2f, Table {table}', f'{fcos[i]} val', net, schedule, 'fcos', None, RELU,
+            *own)
     add(f'poto_r50_{tag}', 'POTO, in o2f, Table 5', f"{('36.5','40.2')[i]} val", 'r50', schedule, 'poto', None, *own)
-    add(f'fcos_r50_{tag}', 'FCOS, in o2f, Table 5', f"{('38.6','41.4')[i]} val", 'r50', schedule, 'fcos', None, RELU, *own)
-CROWD = dict(train_split='train', val_split='val', size=800, max_size=1400, epochs=50, milestones=(.8,), **between(480, 960))
+    add(f'fcos_r50_{tag}', 'FCOS, in o2f, Table 5', f"{('38.6','41.4')[i]} val", 'r50', schedule, 'fcos', None, RELU,
+        *own)
+CROWD = dict(train_split='train', val_split='val', size=800, max_size=1400, epochs=50, milestones=(.8,),
+             **between(480, 960))
 MANY = dict(detector_options=dict(topk=5000, max_detections=500))
 ADAM = dict(optimizer='adamw', lr=4e-5, weight_decay=1e-4)
-add('o2f_crowdhuman', 'o2f, Table 8', 'AP 90.9, miss rate 45.2', 'r50', '1x', 'o2f', dict(K=4), CROWD, MANY, ADAM, needs='CrowdHuman; evaluate --metrics crowdhuman')
-add('poto_crowdhuman', 'POTO, in o2f, Table 8', 'AP 88.7, miss rate 52.0', 'r50', '1x', 'poto', None, CROWD, MANY, ADAM, needs='CrowdHuman; evaluate --metrics crowdhuman')
-add('fcos_crowdhuman', 'FCOS, in o2f, Table 8', 'AP 86.1, miss rate 55.2', 'r50', '1x', 'fcos', None, RELU, CROWD, MANY, ADAM, needs='CrowdHuman; evaluate --metrics crowdhuman')
+add('o2f_crowdhuman', 'o2f, Table 8', 'AP 90.9, miss rate 45.2', 'r50', '1x', 'o2f', dict(K=4), CROWD, MANY, ADAM,
+    needs='CrowdHuman; evaluate --metrics crowdhuman')
+add('poto_crowdhuman', 'POTO, in o2f, Table 8', 'AP 88.7, miss rate 52.0', 'r50', '1x', 'poto', None, CROWD, MANY,
+    ADAM, needs='CrowdHuman; evaluate --metrics crowdhuman')
+add('fcos_crowdhuman', 'FCOS, in o2f, Table 8', 'AP 86.1, miss rate 55.2', 'r50', '1x', 'fcos', None, RELU, CROWD,
+    MANY, ADAM, needs='CrowdHuman; evaluate --metrics crowdhuman')
 for net,ap in dict(r101='41.5', x101='44.7').items():
-    add(f'fcos_{net}_2x_ms', 'FCOS, in AutoAssign, Table 6, and DW, Table 7', f'{ap} test-dev', net, '2x', 'fcos', None, RELU, MS, needs=TESTDEV)
+    add(f'fcos_{net}_2x_ms', 'FCOS, in AutoAssign, Table 6, and DW, Table 7', f'{ap} test-dev', net, '2x', 'fcos',
+        None, RELU, MS, needs=TESTDEV)
 
 # %% ../nbs/21_presets.ipynb #p041
 def find_preset(
@@ -134,7 +166,8 @@ def find_preset(
     "A preset by its name; `InputError` with the nearest names if there is none."
     if name in PRESETS: return PRESETS[name]
     near = difflib.get_close_matches(str(name), list(PRESETS), n=3, cutoff=.4)
-    raise InputError(f"--preset: there is no {name!r}; did you mean {' or '.join(near)}?" if near else f"--preset: there is no {name!r}; --list_presets lists them")
+    raise InputError(f"--preset: there is no {name!r}; did you mean {' or '.join(near)}?" if near
+                     else f"--preset: there is no {name!r}; --list_presets lists them")
 
 def preset_knobs(
     name:str,
@@ -143,9 +176,11 @@ def preset_knobs(
     "A preset's settings with some changed; the learning rate follows the batch."
     p, given = find_preset(name), dict(given or {})
     base, said = p.knobs, []
-    if given.get('method', base['method']) != base['method']: base = {**base, 'method_options': {}}; said.append('its method_options were left out with its method')
+    if given.get('method', base['method']) != base['method']: base = {**base,
+        'method_options': {}}; said.append('its method_options were left out with its method')
     if given.get('backbone', base['backbone']) != base['backbone']:
-        keep = {k: v for k,v in base['detector_options'].items() if k not in ('backbone_options','norm','trainable_layers')}
+        keep = {k: v for k,v in base['detector_options'].items()
+                if k not in ('backbone_options','norm','trainable_layers')}
         base = {**base, 'detector_options': keep}; said.append("its backbone's options were left out with its backbone")
     knobs = merged(base, given)
     images = knobs['batch_size']*knobs.get('accumulate', 1)
@@ -158,6 +193,7 @@ def preset_knobs(
 
 def presets_table()->str:
     "Text: a line for each preset."
-    rows = [('preset', 'row', 'AP', 'needs')] + [(p.name, p.paper, p.ap, '; '.join(filter(None, (p.needs, p.missing and f'NOT HERE: {p.missing}')))) for p in PRESETS.values()]
+    rows = [('preset', 'row', 'AP', 'needs')] + [(p.name, p.paper, p.ap,
+                                                  '; '.join(filter(None, (p.needs, p.missing and f'NOT HERE: {p.missing}')))) for p in PRESETS.values()]
     wide = [max(len(r[i]) for r in rows) for i in range(3)]
     return '\n'.join('  '.join([*(c.ljust(w) for c,w in zip(r, wide)), r[3]]).rstrip() for r in rows)
