@@ -24,7 +24,7 @@ from .snapshots import FOLDER, load, names, shown
 # %% ../nbs/23_microscope.ipynb #c005
 def as_text(x, kind)->str:
     "An array as base64 (the form for addresses) of numbers of a kind ('<f4', '<i2')."
-    return base64.urlsafe_b64encode(np.ascontiguousarray(np.asarray(x)).astype(kind).tobytes()).decode()
+    return base64.urlsafe_b64encode(np.ascontiguousarray(x.detach().cpu().numpy()).astype(kind).tobytes()).decode()
 
 def explained(method, preds, objects, progress:float)->Assignment:
     "An assignment over all candidates, also where the method's own keeps the chosen pairs only (POTO)."
@@ -43,12 +43,12 @@ def moment_data(
 )->dict:
     "One moment of one method, fit for JSON; formulas apart."
     p, (factors, formula, constants) = out.pairs, reasons(out)
-    first = torch.searchsorted(p.objects.image, torch.arange(p.objects.n_images))
+    first = torch.searchsorted(p.objects.image, torch.arange(p.objects.n_images, device=p.objects.image.device))
     def image(i):
         mine = (p.image == i).nonzero().flatten()
         sides = (p.distances(preds)[mine]*8).round().clamp(0, 32767)
-        return dict(obj=as_text(p.obj[mine]-first[i], '<i2'), loc=as_text(p.loc[mine], '<i2' if p.n_locations < 32768 else '<i4'),
-                    sides=as_text(sides.detach().cpu(), '<i2'), factors={k: as_text(v[mine].cpu(), '<f4') for k,v in factors.items()})
+        return dict(obj=as_text(p.obj[mine]-first[i], '<i2'), loc=as_text(p.loc[mine], '<i4'), sides=as_text(sides, '<i2'),
+                    factors={k: as_text(v[mine], '<f4') for k,v in factors.items()})
     return dict(label=label, constants=constants, formula=list(formula.items()), images=[image(i) for i in range(p.objects.n_images)])
 
 # %% ../nbs/23_microscope.ipynb #c007

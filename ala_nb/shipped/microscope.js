@@ -23,7 +23,7 @@ function number(x) {
 const count = n => `${n} candidate${n === 1 ? '' : 's'}`;
 const ordinal = n => ['first', 'second', 'third', 'fourth', 'fifth'][n-1] || n + (n % 100 > 10 && n % 100 < 14 ? 'th' : ['th', 'st', 'nd', 'rd'][n % 10] || 'th');
 function bytes(text) { const s = atob(text.replaceAll('-', '+').replaceAll('_', '/')), out = new Uint8Array(s.length); for (let i = 0; i < s.length; i++) out[i] = s.charCodeAt(i); return out.buffer; }
-const floats = text => new Float32Array(bytes(text)), shorts = text => new Int16Array(bytes(text));
+const floats = text => new Float32Array(bytes(text)), shorts = text => new Int16Array(bytes(text)), longs = text => new Int32Array(bytes(text));
 
 // ---- formulas: the expressions of `Assignment.formula`
 
@@ -162,7 +162,7 @@ class Data {
     const key = `${m} ${t} ${i}`;
     if (!this.cache.has(key)) {
       const raw = this.methods[m].moments[t].images[i], fixed = this.methods[m].fixed[i], both = {...fixed, ...raw};
-      const obj = shorts(both.obj), loc = shorts(both.loc), bags = [];
+      const obj = shorts(both.obj), loc = longs(both.loc), bags = [];
       for (let a = 0, b; a < obj.length; a = b) { for (b = a; b < obj.length && obj[b] === obj[a]; b++); bags.push([a, b]); }
       const order = this.methods[m].order, factors = Object.fromEntries(Object.entries({...fixed.factors, ...raw.factors}).sort(([a], [b]) => order.indexOf(a)-order.indexOf(b)).map(([k, v]) => [k, floats(v)]));
       this.cache.set(key, {obj, loc, bags, factors, sides: both.sides ? shorts(both.sides) : null});
