@@ -55,7 +55,11 @@ def together(device:str='auto'): # 'auto', 'cpu' or 'cuda'
     if size == 1: yield; return
     backend = 'cpu:gloo,cuda:nccl' if check_device(device, local) else 'gloo'
     _me[:] = number, size
-    try: dist.init_process_group(backend, rank=number, world_size=size, timeout=datetime.timedelta(minutes=30))
+    limit, again = datetime.timedelta(minutes=30), os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    try:
+        store = next(dist.rendezvous('env://', number, size, timeout=limit))[0]
+        store = dist.PrefixStore(f'restart{again}', store)      # torchrun's store still has addresses of dead processes
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as e:
         at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise OSError(f'the {size} processes did not meet at {at} ({str(e).splitlines()[0][:120]})') from None
