@@ -99,7 +99,8 @@ def stretched_neg_probability(
     power, least = iou**gamma1, good**gamma1
     best, eps = pairs.max(power), eps*(1-least)
     width = (best - pairs.min(power).clamp(min=least)) + eps         # the difference first, or eps would be lost
-    return (((pairs.spread(best) - power) + eps)/pairs.spread(width)).masked_fill(iou < good, 1)
+    bad = (iou < good).to(iou)                                       # 1: a negative whatever the others are
+    return bad + (1-bad)*((pairs.spread(best) - power) + eps)/pairs.spread(width)
 
 # %% ../nbs/09_dw.ipynb #c025
 def neg_weight(

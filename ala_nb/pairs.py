@@ -10,7 +10,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from .geometry import InputError
+from .geometry import InputError, floored
 from .predictions import Predictions
 
 # %% auto #0
@@ -228,7 +228,7 @@ def gaussian(self:Pairs,
 )->Tensor: # (E,) 0 ... 1
     "Center prior of every pair (AutoAssign, Eq. 2; DW, Table 4)."
     mu, sigma = (torch.stack([self.spread(c) for c in x.t()]).t() if isinstance(x, Tensor) else x for x in (mu, sigma))
-    return log_gaussian(self.offsets, mu, sigma).clamp(min=FAR).exp()
+    return floored(log_gaussian(self.offsets, mu, sigma), FAR).exp()
 
 # %% ../nbs/01_pairs.ipynb #c029
 def columns_between(
