@@ -22,7 +22,7 @@ BUILD |= {
 EXCEPT = {
     'fcos.ascending': 'checks an option', 'dw.read_bag': 'checks an option', 'ciou_atss.check_weight': 'checks an option',
     'ipb.map_iou': "the measure of ALA's Table II, no part of a loss"}
-UNREAD = 'location_scores', 'combine', 'scores', 'explain', 'over_candidates'   # what ranks detections, and what explains weights: no loss reads them
+UNREAD = 'location_scores', 'combine', 'scores', 'explain', 'over_candidates', 'dual_rule', 'coupled_rule'   # what ranks detections, and what explains weights: no loss reads them
 
 CONSTRUCTION = '__init__', '_set', 'add_prior'           # called before there is a loss
 
