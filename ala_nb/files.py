@@ -44,7 +44,9 @@ def count_of(n:int, noun:str)->str:
 class Faults(InputError):
     "Several faults of one file or data set: the first ten and how many more, as `lines` and in one line."
     def __init__(self, where, faults):
-        first = [shown(str(f).removeprefix(f'{where}: '), 400) for f in faults[:10]]
+        texts = [str(f) for f in faults]                       # the folder that all share stands in `where`: said once
+        shared = next((f'{p}/' for p in Path(str(where)).parents if p.name and all(t.startswith(f'{p}/') for t in texts)), '')
+        first = [shown(t.removeprefix(f'{where}: ').removeprefix(shared), 400) for t in texts[:10]]
         more = [f'... and {len(faults)-10:,} more'] if len(faults)>10 else []
         self.count, self.lines = len(faults), [shown(f'{where}: {count_of(len(faults), "fault")}'), *first, *more]
         super().__init__(f'{self.lines[0]}: ' + ' | '.join(self.lines[1:]))

@@ -193,7 +193,7 @@ def test_round_trip_of_shapes_through_files(tmp_path):
 def complains(root, *words, split='train', **options):
     with pytest.raises(InputError) as e: load_dataset(root, split, **options)
     text = str(e.value)
-    assert '\n' not in text and len(text.replace(str(root), 'DIR'))<600, text     # wherever pytest puts its folders
+    assert '\n' not in text and len(text)<600, text
     for w in words: assert w in text, (w, text)
 
 def test_not_a_data_set(tmp_path):
