@@ -12,7 +12,8 @@ from torch import Tensor
 from .geometry import InputError, grid_points
 
 # %% auto #0
-__all__ = ['Predictions', 'levels_from_points', 'read_grid', 'full', 'planes', 'from_maps', 'starts', 'level_table']
+__all__ = ['Predictions', 'levels_from_points', 'read_grid', 'check_extras', 'full', 'planes', 'from_maps', 'starts',
+           'level_table']
 
 # %% ../nbs/00b_predictions.ipynb #c004
 class Predictions:
@@ -26,16 +27,19 @@ class Predictions:
         level_sizes:Sequence=None, # [(H, W), ...] finest first, row-major; found from points if not given
         property_logits:Tensor=None, # (B, 2, Hp, Wp) ALA's property branch: 0 foreground, 1 background
         pooled:Tensor=None, # (B, L, C) globally pooled features, one row a level
+        extras:dict=None, # str -> (B, P, C): what else is said at each location
+        maps:dict=None,   # str -> (B, C, H, W): and about the whole image
     ):
         levels = read_grid(cls_logits, distances, points, strides, obj_logits, level_sizes)
-        self._set([cls_logits.contiguous()], [False], levels, (points, strides), property_logits, pooled)
+        self._set([cls_logits.contiguous()], [False], levels, (points, strides), property_logits, pooled, maps)
+        self.extras = check_extras(extras, cls_logits.shape[:2])
         self._cls, self._distances, self.obj_logits = cls_logits, distances, obj_logits
 
-    def _set(self, blocks, class_first, levels, grid, property_logits, pooled):
+    def _set(self, blocks, class_first, levels, grid, property_logits, pooled, maps=None):
         self.cls_blocks, self.class_first = blocks, class_first
         self.level_sizes, self.level_strides, self.offset = levels
         self.points, self.strides = grid
-        self.property_logits, self.pooled = property_logits, pooled
+        self.property_logits, self.pooled, self.maps = property_logits, pooled, dict(maps or {})
         self.n_images, self.n_locations = blocks[0].shape[0], len(self.points)
         self.n_classes = blocks[0].shape[1 if class_first[0] else 2]
 
@@ -73,6 +77,13 @@ def read_grid(cls_logits, distances, points, strides, obj_logits, level_sizes):
         "points: not a row-major grid a level, finest first; give level_sizes, or points from geometry.grid_points")
     return sizes, steps, offset
 
+def check_extras(extras, shape)->dict:
+    "`extras` as a dict of its own; `InputError` for one that is not (B, P, C)."
+    for k,x in (extras or {}).items():
+        if x.ndim != 3 or x.shape[:2] != shape: raise InputError(
+            f"extras: {k!r} is {tuple(x.shape)}; give {tuple(shape)} and the values of a location")
+    return dict(extras or {})
+
 # %% ../nbs/00b_predictions.ipynb #c008
 def full(x):
     "float32 for half and bfloat16; float32, float64 and None as they are."
@@ -91,6 +102,8 @@ def from_maps(
     offset:float=.5,                # where in its cell a location lies, in strides
     property_logits:Tensor=None,    # (B, 2, Hp, Wp)
     pooled:Tensor=None,             # (B, L, C)
+    extras:dict=None,               # str -> [(B, C, H, W), ...] a map a level
+    maps:dict=None,                 # str -> (B, C, H, W)
 )->Predictions:
     "`Predictions.from_maps`: predictions that keep the class maps as the head made them."
     if not len(cls_maps) == len(distance_maps) == len(strides): raise InputError(f"maps: {len(cls_maps)} class maps, "
@@ -100,9 +113,11 @@ def from_maps(
     blocks = [m.permute(0,2,3,1).flatten(1,2) if c else m.contiguous().flatten(2) for m,c in zip(cls_maps,last)]
     dtype = torch.float32 if cls_maps[0].dtype in (torch.float16,torch.bfloat16) else cls_maps[0].dtype
     grid = grid_points(sizes, strides, offset, cls_maps[0].device, dtype)
-    preds._set(blocks, [not c for c in last], (sizes, list(strides), offset), grid, property_logits, pooled)
+    preds._set(blocks, [not c for c in last], (sizes, list(strides), offset), grid, property_logits, pooled, maps)
     preds._cls, preds._distances = None, planes(distance_maps).transpose(1,2)
     preds.obj_logits = None if obj_maps is None else planes(obj_maps)[:,0]
+    flat = {k: planes(x).transpose(1,2) for k,x in (extras or {}).items()}
+    preds.extras = check_extras(flat, (preds.n_images, preds.n_locations))
     return preds
 
 # %% ../nbs/00b_predictions.ipynb #c010
@@ -157,5 +172,6 @@ def full_precision(self:Predictions)->Predictions:
     out.cls_blocks, flat = [full(b) for b in self.cls_blocks], len(self.cls_blocks) == 1 and not self.class_first[0]
     out._cls = out.cls_blocks[0] if flat else None     # a flat block is the table itself; of maps it is made when asked
     for name in ('_distances', 'obj_logits', 'property_logits', 'pooled'): setattr(out, name, full(getattr(self, name)))
+    for name in ('extras', 'maps'): setattr(out, name, {k: full(x) for k,x in getattr(self, name).items()})
     out.points, out.strides = self.points.to(out.dtype), self.strides.to(out.dtype)
     return out

@@ -604,3 +604,69 @@ def test_several_sizes_by_the_command(tmp_path, capsys):
     assert all(x['bbox'][0] >= -1e-3 and x['bbox'][0]+x['bbox'][2] <= 128.01 for x in found['many'])
     assert E.main([str(tmp_path), '--scales', '128', '--no-nms', '--data_options', 'n=3']) == 2
     assert 'joined by NMS' in capsys.readouterr().err
+
+
+# ---- parts of the head
+
+def test_weights_have_the_names_that_they_always_had():
+    "Files of weights do not know that a head is made of parts."
+    head = Head(HeadSpec(**EVERYTHING), 5, 32, 1, (8, 16))
+    assert {k.rsplit('.', 1)[0] for k in head.state_dict()} - {'scales'} == {
+        'cls_tower.0', 'cls_tower.1', 'box_tower.0', 'box_tower.1', 'cls', 'box', 'third', 'shift', 'property.lateral', 'property.mix',
+        *(f'third_tower.{i}' for i in (0, 1, 3, 4, 6, 7))}
+
+class Loose(D.Part):
+    def __init__(self, plan): super().__init__(plan); self.x = nn.Parameter(torch.ones(1))
+
+class Twice(D.Part):
+    def __init__(self, plan): super().__init__(plan); self.box = nn.Conv2d(1, 1, 1)
+
+class Extra(D.Part):
+    "Looks at all levels; has a mode and a layer that must follow the head's."
+    def __init__(self, plan, n:int=2): super().__init__(plan); self.mine = nn.Sequential(nn.Conv2d(plan.channels, n, 1), nn.Dropout())
+    def forward(self, levels):
+        for at in levels: at.extras['coefficients'] = self.mine(at.x)
+        return dict(masks=self.mine(levels[0].x))
+
+@pytest.mark.parametrize('spec,words', [(dict(refine=f'{__name__}:Loose'), "'x' outside of a layer"), (dict(refine=f'{__name__}:Twice'), "'box', a name"),
+    (dict(tower='plane'), "tower: 'plane' does not exist; did you mean 'plain'"), (dict(box=None), 'box: None'), (dict(extra='pooled'), 'list of names'),
+    (dict(refine=f'{__name__}:Tvice'), "'Twice'"), (dict(refine='torch.nn:Linear'), 'no subclass of Part'), (dict(refine='deform', options=dict(refine=dict(a=1))), "no option 'a'"),
+    (dict(options=dict(refine=dict(a=1))), 'options'), (dict(box_convs=-1), 'box_convs')])
+def test_wrong_parts_are_refused_in_a_line(spec, words):
+    with pytest.raises(InputError) as e: Head(HeadSpec(**spec), 5, 32, 1, (8, 16))
+    assert words in str(e.value) and '\n' not in str(e.value)
+
+def test_a_part_of_ones_own_comes_back_from_a_file(tmp_path):
+    own = dict(extra=[f'{__name__}:Extra'], options={f'{__name__}:Extra': dict(n=3)})
+    model = Detector('fcos', 'tiny', 3, head_options=own).eval()
+    preds, _ = model.predict_maps([torch.rand(3, 64, 64)])
+    assert preds.maps['masks'].shape == (1, 3, 8, 8) and preds.extras['coefficients'].shape == (1, 64+16+4, 3)
+    part, = (p for (slot, _), p in model.head.named.items() if slot == 'extra')
+    assert not part.training and not part.mine.training
+    model.train(); assert part.training and part.mine.training
+    save_weights(model.eval(), tmp_path/'x.safetensors'); again = load_detector(tmp_path/'x.safetensors')
+    torch.testing.assert_close(again.head.mine[0].weight, model.head.mine[0].weight)
+    assert again.config == model.config and again.head.spec == model.head.spec
+    half = model.to(torch.bfloat16).predict_maps([torch.rand(3, 64, 64)])[0].full_precision()
+    assert half.maps['masks'].dtype == half.extras['coefficients'].dtype == torch.float32
+
+def test_a_copy_computes_with_its_own_weights():
+    import copy
+    model = loud(Detector('dw', 'tiny', 3, method_options=dict(refine='deform'))); other = copy.deepcopy(model)
+    for p in other.head.parameters(): nn.init.zeros_(p)
+    x = [torch.rand(3, 64, 64)]
+    assert other.predict_maps(x)[0].cls_logits.abs().max() == 0 and model.predict_maps(x)[0].cls_logits.abs().max() > 0
+
+def test_distances_in_units_of_several_strides():
+    one, eight = (Head(HeadSpec(box_unit=u), 2, 16, 1, (8, 16)) for u in (1., 8.)); eight.load_state_dict(one.state_dict())
+    x = [torch.randn(1, 16, 4, 4), torch.randn(1, 16, 2, 2)]
+    torch.testing.assert_close(eight(x).distances, 8*one(x).distances)
+
+class Reads(Toy):
+    def __init__(self, num_classes=3, channels=4, **spec): super().__init__(num_classes, reads=(('coarse', channels),), **spec)
+
+def test_what_a_method_reads_must_be_there():
+    x, t = [torch.rand(3, 64, 64)], [target((4, 4, 40, 50, 1))]
+    assert Detector(Reads(refine='deform'), 'tiny', 3)(x, t)
+    for m, words in ((Reads(), 'missing'), (Reads(channels=8, refine='deform'), 'there are 4')):
+        with pytest.raises(InputError, match=words): Detector(m, 'tiny', 3)(x, t)
