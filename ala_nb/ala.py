@@ -17,7 +17,7 @@ from .losses import ClassTable, focal_negative, log_not_joint, normalizer
 from .methods import Method, HeadSpec, Assignment, choice, in_range
 from .ipb import gaussian_taps, property_scores, blur, to_locations
 from .opm import LOC_READINGS, CenterPrior, log_loc_likelihood, log_confidence
-from .ps3 import select_samples, soft_label
+from .ps3 import select_samples, soft_label, propagated_label, latent_label
 
 # %% ../nbs/14_ala.ipynb #c007
 def positive_degree(
@@ -59,7 +59,10 @@ class ALA(Method):
         width:float=1.,           # thresholds at mean ± width · std
         xi=None,                  # fixed soft label (Table X); None: Eq. 10
         at_least_one:bool=None,   # the best pair of every object is hard; None: working yes, paper (as printed) no
+        strategy:str='ps3',       # whose soft labels (Table XII): 'ps3' (Eq. 10), 'pnlp' or 'latent'
         losses:str='HSN',         # those of hard (H), soft (S) and negative (N) samples (Table XI)
+        # what Alg. 1's soft samples are without S: 'negative', 'positive', or 'silent' (neither)
+        without_soft:str='negative',
         one_to_one:bool=False,    # Sec. IV-D: the best pair of the hard set is the only positive, no NMS
         # what a negative costs (working): 'class' FL(P_cls, 0), 'joint' FL(P_cls·P_F, 0), 'weight' M⁻·FL(P_cls, 0)
         negatives:str='class',
@@ -89,6 +92,10 @@ def _set(self:ALA, o):
     if o.threshold not in ('statistics', None):
         in_range('threshold', o.threshold, 0, 1, "'statistics', None or a number")
     if o.xi is not None: in_range('xi', o.xi, 0, 1)
+    self.strategy = choice('strategy', o.strategy, ('ps3','pnlp','latent'))
+    if o.xi is not None and o.strategy != 'ps3':
+        raise InputError(f"xi: {o.xi} is a fixed label, but strategy={o.strategy!r} makes its own; leave out one of them")
+    self.without_soft = choice('without_soft', o.without_soft, ('negative','positive','silent'))
     gaussian_taps(o.blur_radius, o.blur_variance)                 # refuses a blur that does not exist
     self.variant, self.property = o.variant, o.property
     self.blur_radius, self.blur_variance = o.blur_radius, o.blur_variance
@@ -150,11 +157,16 @@ def quality(self:ALA, preds, pairs, cls_logits, distances, maps)->Tensor:
     return log_s.clamp(min=-100)
 
 @patch
-def select(self:ALA, pairs, quality, progress):
+def select(self:ALA, pairs, quality, progress, level_sizes):
     "Hard and soft sets and ξ, without gradient."
-    hard, soft, _ = select_samples(pairs, quality, self.threshold, self.width, self.at_least_one)
+    two = 'S' not in self.use and self.without_soft != 'silent'            # Table XI: positive and negative only
+    hard, soft, _ = select_samples(pairs, quality, self.threshold, self.width, self.at_least_one,
+                                   self.without_soft if two else 'soft')
     if self.one_to_one: hard, soft = pairs.topk(quality, 1), torch.zeros_like(soft)
-    return hard, soft, soft_label(pairs, quality, progress, self.xi)
+    if self.strategy == 'pnlp': xi = propagated_label(pairs, quality, hard, level_sizes)
+    elif self.strategy == 'latent': xi = latent_label(pairs, quality, level_sizes)
+    else: xi = soft_label(pairs, quality, progress, self.xi)
+    return hard, soft, xi
 
 # %% ../nbs/14_ala.ipynb #c017
 @patch
@@ -163,7 +175,7 @@ def assign(self:ALA, preds, objects, progress):
     table, maps = ClassTable(preds, pairs), self.maps(preds)
     part = lambda sub, logits: (self.quality(preds, sub, logits, sub.distances(preds), maps),)
     log_s, = pairs.in_chunks(part, self.chunk, table.logits)
-    with torch.no_grad(): hard, soft, xi = self.select(pairs, log_s.exp(), progress)
+    with torch.no_grad(): hard, soft, xi = self.select(pairs, log_s.exp(), progress, preds.level_sizes)
     hard, soft = hard.to(xi), soft.to(xi)                          # once: lists of 0 and 1 that graph and weights share
     n = normalizer(torch.tensor(float(len(objects)), device=preds.device, dtype=preds.dtype))
     form = self._working if self.variant=='working' else self._paper
@@ -174,11 +186,11 @@ def assign(self:ALA, preds, objects, progress):
     pos = positive_degree(hard, soft, xi)
     w = dict(pos=pos, neg=1-pos, hard=hard, soft=soft, quality=log_s.detach().exp())
     if maps is not None: w['foreground'] = at_pairs(pairs, maps[:,0].detach())
-    return Assignment(losses, pairs, w, lambda: self.explain(preds, pairs, table.logits, maps, progress))
+    return Assignment(losses, pairs, w, lambda: self.explain(preds, pairs, table.logits, maps, progress, xi))
 
 # %% ../nbs/14_ala.ipynb #b5195f3
 @patch
-def explain(self:ALA, preds, pairs, logits, maps, progress):
+def explain(self:ALA, preds, pairs, logits, maps, progress, label):
     "Factors, formulas and constants behind the weights."
     overlap, name = (distance_giou, 'giou') if self.loc=='exp_giou' else (distance_iou, 'iou')
     factors, parts, formula = {}, [], {}
@@ -194,6 +206,7 @@ def explain(self:ALA, preds, pairs, logits, maps, progress):
     formula['quality'] = '*'.join(parts)
     formula.update(self.rule)
     xi = 'fade*to_best(quality)' if self.xi is None else 'fade + 0*quality'
+    if self.strategy != 'ps3': factors['label'], xi = label, 'label'
     fade = .5*(1 + math.cos(math.pi*progress)) if self.xi is None else self.xi
     constants = dict(alpha=self.alpha, beta=self.beta, lam=self.lam, width=self.width, share=self.threshold, fade=fade)
     formula.update(xi=xi, pos='hard + soft*xi', neg='1 - pos')
@@ -207,8 +220,11 @@ def rule(self:ALA)->dict:
     if self.threshold is None: return dict(hard='quality >= -inf', soft='0*quality')
     upper = 'mean(quality) + width*std(quality)' if self.threshold == 'statistics' else 'share*best(quality)'
     best = ' | (quality >= best(quality))'*self.at_least_one
-    return dict(threshold=f'{upper} - 1e-5*mean(quality)', hard='(quality >= threshold)' + best,
-                lower='mean(quality) - width*std(quality) - 1e-5*mean(quality)', soft='(quality >= lower) & (1 - hard)')
+    hard, lower = '(quality >= threshold)' + best, 'mean(quality) - width*std(quality) - 1e-5*mean(quality)'
+    soft = '(quality >= lower) & (1 - hard)'
+    if 'S' not in self.use and self.without_soft != 'silent':
+        hard, soft = hard + ' | (quality >= lower)'*(self.without_soft == 'positive'), '0*quality'
+    return dict(threshold=f'{upper} - 1e-5*mean(quality)', lower=lower, hard=hard, soft=soft)
 
 # %% ../nbs/14_ala.ipynb #c019
 @patch

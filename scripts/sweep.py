@@ -2,6 +2,7 @@
 
     python scripts/sweep.py methods  --seeds 0 1 2       # every method on `shapes`, the default recipe
     python scripts/sweep.py claims   --seeds 0 1         # the papers' claims (ala_nb.tables), 6 epochs
+    python scripts/sweep.py short    --seeds 0 1 2 3 4   # the same in a minute a run: a smaller network, an easier set
     python scripts/sweep.py readings --seeds 0 1         # readings of ALA's equations, o2f's duplicates; 6 epochs
     python scripts/sweep.py bccd --data DIR --seeds 0    # every method on a real set, ResNet-18 from scratch
     python scripts/sweep.py bccd16 --data DIR --seeds 0  # the same with the network in bfloat16
@@ -35,8 +36,14 @@ TABLES = dict(
     readings = [('ala', o) for o in ALA_READINGS] + [('o2f', o) for o in O2F_READINGS]
              + [('fcos', ''), ('fcos', 'ranges=None'), ('ciou_atss', ''), ('ciou_atss', 'anchor_weight=0')],
     bccd = ALL, bccd16 = ALL + [('ala', "parts='confidence'")])
-FILES = dict(methods='shapes.csv', claims='claims.csv', readings='claims.csv', bccd='bccd.csv', bccd16='bccd_bf16.csv')
+TABLES['short'] = TABLES['claims']
+FILES = dict(methods='shapes.csv', claims='claims.csv', readings='claims.csv', bccd='bccd.csv', bccd16='bccd_bf16.csv',
+             short='short.csv')
 SHORT = '--epochs 6'.split()         # of claims and readings: both sides of a comparison have the same budget
+# 1,500 steps of four images: three of the shapes, plain, on 96 px, and the network of the snapshots
+SMALL = ("--train_images 1500 --val_images 300 --epochs 4 --batch_size 4 --lr 0.006 --eval_every 4 --eval_both true "
+    "--data_options image_size=96 objects=(1,6) clutter=0 texture=0. contrast=(90.,150.) classes=('disc','cross','ring') "
+    "--detector_options channels=24 head_convs=1 backbone_options={'widths':(8,16,24,32,48)}").split()
 FIELDS = 'method options seed AP AP50 AP75 AP_no_nms AP_nms map_iou seconds command versions'.split()
 
 def done(path):
@@ -55,20 +62,31 @@ def run_row(method, options, seed, base, folder, threads):
     more = ['--resume', str(out)] if (out/'state.pt').exists() else [*args, '--out', str(out)]
     code = subprocess.call([*train, *more], stdout=subprocess.DEVNULL)
     if code: raise SystemExit(f'{name}: training ended with exit code {code}; the rows so far are kept')
-    seconds, metrics = time.time()-t0, {}
+    seconds, stored = time.time()-t0, json.loads((out/'config.json').read_text())
+    plain = last_metrics(out) if '--eval_both' in base else evaluated(out, method, options)
+    map_iou, model = '', load_detector(out) if method == 'ala' and '--data' not in base else None
+    if model and model.method.head.property_branch:
+        drawn = stored['train']['data_options']
+        map_iou = round(property_iou(model, load_dataset('shapes', 'val', masks=True, **drawn))[0], 4)
+    row = dict(method=method, options=options, seed=seed) | {k: round(plain[k], 4) for k in FIELDS[3:8]}
+    return row | dict(map_iou=map_iou, seconds=round(seconds), command=shown,
+                      versions=f"torch {stored.get('versions', {}).get('torch', '?')}")
+
+def last_metrics(out):
+    "What the training measured at its end (with `--eval_both true`)."
+    with (out/'metrics.csv').open() as f: *_, last = csv.DictReader(f)
+    return {k: float(last[k]) for k in FIELDS[3:8]}
+
+def evaluated(out, method, options):
+    "AP as the method asks for it, with and without NMS, measured afterwards."
+    metrics = {}
     for nms in ('nms', 'no-nms'):
         file = out/f'{nms}.json'
         measure = [sys.executable, '-m', 'ala_nb.evaluate', str(out), f'--{nms}', '--out', str(file)]
         subprocess.check_call(measure, stdout=subprocess.DEVNULL)
         metrics[nms] = json.loads(file.read_text())['coco']
-    map_iou, model = '', load_detector(out) if method == 'ala' and '--data' not in base else None
-    if model and model.method.head.property_branch:
-        map_iou = round(property_iou(model, load_dataset('shapes', 'val', masks=True))[0], 4)
-    versions = json.loads((out/'config.json').read_text()).get('versions', {})
     plain = metrics['no-nms' if method in ('poto', 'o2f') or 'one_to_one=True' in options else 'nms']
-    row = dict(method=method, options=options, seed=seed) | {k: round(plain[k], 4) for k in ('AP', 'AP50', 'AP75')}
-    row |= dict(AP_no_nms=round(metrics['no-nms']['AP'], 4), AP_nms=round(metrics['nms']['AP'], 4), map_iou=map_iou)
-    return row | dict(seconds=round(seconds), command=shown, versions=f"torch {versions.get('torch', '?')}")
+    return plain | dict(AP_no_nms=metrics['no-nms']['AP'], AP_nms=metrics['nms']['AP'])
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,6 +107,7 @@ def main():
     results = Path(a.results)/FILES[a.table]
     results.parent.mkdir(parents=True, exist_ok=True)
     base = ['--data', a.data, '--val_split', a.split, *BCCD] if real else [] if a.table == 'methods' else SHORT
+    if a.table == 'short': base = SMALL
     base = base + (BF16 if a.table == 'bccd16' else []) + extra
     for seed in a.seeds:
         for method, options in TABLES[a.table]:

@@ -33,7 +33,7 @@ EXTREMES = dict(none=[([], []), ([], [])], tiny=[([[10., 10, 10.5, 10.5], [3, 3,
                 crowd=[([[x, y, x+14, y+12] for x in range(0, 90, 6) for y in range(0, 60, 6)], [0]*150)])
 SWITCHES = [dict(), dict(variant='paper'), dict(property='impobj'), dict(property='centerness'), dict(property='none'), dict(coupling='sigmoid'), dict(confidence='add'), dict(loc='exp_giou'), dict(loc='power'), dict(parts='confidence'),
             dict(parts='weight'), dict(confidence_parts='cls'), dict(confidence_parts='loc'), dict(centre='shared'), dict(centre='fixed'), dict(centre='none'), dict(blur_radius=0), dict(threshold=.5), dict(threshold=None), dict(xi=.6),
-            dict(losses='HS'), dict(losses='HN'), dict(losses='SN'), dict(one_to_one=True), dict(score_gamma=1.), dict(variant='paper', one_to_one=True)]
+            dict(losses='HS'), dict(losses='HN'), dict(losses='HN', without_soft='positive'), dict(losses='HN', without_soft='silent'), dict(losses='SN'), dict(strategy='pnlp'), dict(strategy='latent'), dict(one_to_one=True), dict(score_gamma=1.), dict(variant='paper', one_to_one=True)]
 
 @pytest.mark.parametrize('options', SWITCHES, ids=str)
 def test_images_do_not_hear_each_other(options):

@@ -59,8 +59,20 @@ def centre_weight(m, preds, i, boxes, labels, mode, learn, axes):
     z = z.view(len(STRIDES), -1, 2, axes)[level][:, labels if mode == 'predicted' else labels*0]
     return (-((d-z[..., 0, :])/(3*torch.tanh(z[..., 1, :]/3)).exp()).square().sum(-1)/2).exp()
 
+def graph_label(strategy, q, hard, points, strides):
+    "Soft labels of Table XII over the adjacency matrix of one object's locations."
+    side = ((points[:, None]-points).abs().sum(-1)-strides[:, None]).abs() < 1e-6
+    A = (side & (strides[:, None] == strides)).double(); tiny = torch.finfo(q.dtype).tiny
+    if strategy == 'pnlp':                                                                  # (I - S/2)⁻¹ Y
+        W = A*(-((q[:, None]-q)/q.std(unbiased=False).clamp(min=tiny)).square()/2).exp(); D = W.sum(1).clamp(min=tiny).rsqrt()
+        F_ = torch.linalg.solve(torch.eye(len(q))-.5*D[:, None]*W*D, torch.stack([hard, ~hard & (q < q.mean())], 1).double())
+        return F_[:, 0]/F_.sum(1).clamp(min=tiny)
+    alone = (q/q.max()).clamp(.001, .999).logit(); x = alone
+    for _ in range(60): x = alone+.25*A@(2*x.sigmoid()-1)
+    return x.sigmoid()
+
 def reference(m, preds, targets, progress, variant='working', property='ipb', coupling=None, alpha=.8, beta=.6, confidence='mul', loc=None, lam=5., parts='both', confidence_parts='both',
-              centre='predicted', isotropic=False, blur_radius=3, blur_variance=2., threshold='statistics', width=1., xi=None, at_least_one=None, losses='HSN', one_to_one=False, negatives='class', inner='full',
+              centre='predicted', isotropic=False, blur_radius=3, blur_variance=2., threshold='statistics', width=1., xi=None, at_least_one=None, strategy='ps3', losses='HSN', without_soft='negative', one_to_one=False, negatives='class', inner='full',
               background_weight=.3, centre_gradient=None):
     paper, n = variant == 'paper', max(sum(len(t['labels']) for t in targets), 1)
     coupling, loc = coupling or ('double_sigmoid' if paper else 'softmax'), loc or ('printed' if paper else 'exp')
@@ -90,8 +102,10 @@ def reference(m, preds, targets, progress, variant='working', property='ipb', co
             upper, none = mean+dev if threshold == 'statistics' else 0 if threshold is None else threshold*top, torch.zeros(len(at), dtype=torch.bool)
             hard = (q >= upper-1e-5*mean) | ((q == top) & at_least_one)                     # rounding does not decide about the two of a pair at m ± v
             soft = ~hard & (q >= mean-dev-1e-5*mean)
+            if 'S' not in losses and without_soft != 'silent': hard, soft = hard | (soft if without_soft == 'positive' else none), none      # Table XI: two parts
             if one_to_one: hard, soft = none.index_fill(0, q.argmax(), True), none
             low, degree = ~hard & ~soft, torch.full_like(q, xi) if xi is not None else q/top*(1+math.cos(math.pi*progress))/2
+            if strategy != 'ps3': degree = graph_label(strategy, q, hard, preds.points[at], preds.strides[at])
             if property == 'centerness':
                 l, u, r, b = side[at, g][hard].unbind(1); y = (torch.minimum(l, r)/torch.maximum(l, r)*torch.minimum(u, b)/torch.maximum(u, b)).sqrt()
                 p = preds.obj_logits[i, at][hard].sigmoid(); ctr_sum = ctr_sum-(y*p.log()+(1-y)*(1-p).log()).sum()/max(int(hard.sum()), 1)
@@ -135,8 +149,8 @@ def against_reference(name, options, progress=.3, seed=0):
 VARIANTS = 'working', 'paper'
 VALUES = dict(property=['ipb', 'impobj', 'centerness', 'none'], coupling=['softmax', 'sigmoid', 'double_sigmoid'], alpha=[.3, 1.4], beta=[.2, .9], confidence=['add'], loc=['exp', 'exp_giou', 'power', 'printed'],
               lam=[2.], parts=['confidence', 'weight'], confidence_parts=['cls', 'loc'], centre=['shared', 'fixed', 'none'], blur_radius=[0, 1, 9], blur_variance=[.5], threshold=[.3, .7, 1, None], width=[.5, 2.],
-              xi=[0., .6, 1.], losses=['HS', 'HN', 'SN', 'H', 'S', 'N'], one_to_one=[True], isotropic=[True], at_least_one=[True, False], negatives=['joint', 'weight'], inner=['mean'], background_weight=[0., 1.], centre_gradient=[True, False])
-SWITCHES = [dict()] + [{k: v} for k, values in VALUES.items() for v in values]
+              xi=[0., .6, 1.], losses=['HS', 'HN', 'SN', 'H', 'S', 'N'], strategy=['pnlp', 'latent'], without_soft=['positive', 'silent'], one_to_one=[True], isotropic=[True], at_least_one=[True, False], negatives=['joint', 'weight'], inner=['mean'], background_weight=[0., 1.], centre_gradient=[True, False])
+SWITCHES = [dict()] + [{k: v} for k, values in VALUES.items() for v in values] + [dict(losses=x, without_soft=w) for x in ('HN', 'H', 'N') for w in VALUES['without_soft']]
 
 @pytest.mark.parametrize('variant', VARIANTS)
 @pytest.mark.parametrize('options', SWITCHES, ids=str)
@@ -151,6 +165,7 @@ def test_the_soft_label_over_training(variant, progress):
 @pytest.mark.parametrize('seed', range(100))
 def test_switches_together(seed):
     r = random.Random(seed); options = {k: r.choice(VALUES[k]) for k in r.sample(sorted(VALUES), r.randint(2, 6))}
+    if 'strategy' in options: options.pop('xi', None)                       # refused together
     against_reference(r.choice(['crowd', 'crowd', 'single', 'plain']), dict(options, variant=r.choice(VARIANTS)), r.random(), seed)
 
 @pytest.mark.parametrize('losses', ('HS', 'S'))

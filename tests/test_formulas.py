@@ -17,7 +17,8 @@ CASES = [('fcos', {}), ('fcos', dict(centre_sampling=None)), ('atss', {}), ('ats
          ('poto', {}), ('poto', dict(use_objectness=False, alpha=.5)), ('o2f', {}), ('o2f', dict(variant='paper', match='add', K=3)), ('o2f', dict(t=.3)),
          ('ala', {}), ('ala', dict(one_to_one=True)), ('ala', dict(variant='paper')), ('ala', dict(threshold=.7)), ('ala', dict(threshold=None)),
          ('ala', dict(parts='confidence', confidence='add', loc='exp_giou')), ('ala', dict(parts='weight', property='none')),
-         ('ala', dict(loc='power', xi=.4, centre='fixed', at_least_one=False))]
+         ('ala', dict(loc='power', xi=.4, centre='fixed', at_least_one=False)), ('ala', dict(strategy='pnlp')), ('ala', dict(strategy='latent', threshold=.6)),
+         ('ala', dict(losses='HN')), ('ala', dict(losses='HN', without_soft='positive')), ('ala', dict(losses='H', without_soft='silent', variant='paper'))]
 
 def batch(seed=0, counts=(4, 0, 2), offset=.5):
     "Predictions in float64 that serve their objects here and there, and objects of which some coincide."

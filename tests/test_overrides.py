@@ -15,6 +15,7 @@ BUILD = dict(fcos=('fcos', {}), ciou_atss=('ciou_atss', {}), autoassign=('autoas
 BUILD |= {
     'ciou_atss.weight_at': ('ciou_atss', dict(pred_weight='rising')),
     'o2f.match_one_to_one': ('poto', {}), 'o2f.POTO': ('poto', {}), 'ciou_atss.ATSS': ('atss', {}),
+    'ps3.propagated_label': ('ala', dict(strategy='pnlp')), 'ps3.latent_label': ('ala', dict(strategy='latent')), 'ps3.neighbors': ('ala', dict(strategy='pnlp')),
     'ala.ALA._paper': ('ala', dict(variant='paper')), 'autoassign.explicit_objectness': ('autoassign', dict(objectness='explicit')),
     **{f'dw.{n}': ('dw', dict(variant='paper')) for n in ('consistency', 'neg_probability')},
     'dw.aligned_target': ('dw', dict(weighting='tood')), 'dw.coupled_weights': ('dw', dict(weighting='gfl')), 'dw.autoassign_weights': ('dw', dict(weighting='autoassign'))}
