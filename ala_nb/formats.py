@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 from .geometry import InputError
+from .masks import pack_mask, polygons_of
 from .files import (SUFFIXES, Pictures, _is_file, _mismatch, check_faults, count_of, image_info, read_image,
     read_json, read_text, read_xml,
                           read_bytes, said, shown, translated, turns)
@@ -38,12 +39,14 @@ class Annotations:
     source_ids:list=None; source_categories:list=None
     # of each image: is its EXIF rotation carried out? None: as its size says
     turn:list=None
+    masks:list=None                             # of each object: its packed mask; None: not asked for
     notes:Counter=field(default_factory=Counter) # what else is to be said, by kind
     def add(self, label, bbox, rule='', area=None):
         "One object of the image that was added last."
         self.put(len(self.files)-1, label, bbox, rule, area)
-    def put(self, image, label, bbox, rule='', area=None):
+    def put(self, image, label, bbox, rule='', area=None, mask=None):
         "One object of image number `image`."
+        if self.masks is not None: self.masks.append(mask)
         self.image.append(image); self.label.append(label); self.bbox.append(bbox); self.crowd.append(bool(rule))
         self.rule.append(rule); self.area.append(math.nan if area is None else area)
 
@@ -265,8 +268,15 @@ class _Coco(_CocoImages):
         rule = 'iscrowd' if check_flag(a.get('iscrowd'), '.iscrowd') else 'ignore' if check_flag(a.get('ignore'),
             '.ignore') else ''
         self.out.put(self.index[i], self.label[c], box, '' if self.use_ignored else rule, None if area is None
-            else float(area))
+            else float(area), None if self.out.masks is None else self.mask(a, self.d['images'][self.index[i]]))
         self.used[c] += 1
+    def mask(self, a, image):
+        "The packed mask of an annotation; strokes that are no polygon are counted."
+        s, hw = a.get('segmentation'), tuple(map(as_whole, (image.get('height'), image.get('width'))))
+        if s is None: raise InputError(' has no segmentation, and masks are asked for; add one, or train a method that needs none')
+        packed = pack_mask(s, None if None in hw else hw); kept = polygons_of(packed)
+        if kept is not None: self.out.notes['stroke'] += len(s) - len(kept)
+        return packed
 
 # %% ../nbs/03d_formats.ipynb #g019
 def polygon_box(s)->list:
@@ -283,6 +293,7 @@ def read_coco(
     classes=None,        # names in the order of the labels
     bbox='xywh',         # how its boxes are written, one of BOXES
     use_ignored=False,   # learn objects that are marked iscrowd or ignore like all others
+    masks=False,         # with the masks of the objects, which must all have one
 )->Annotations:
     "Read COCO JSON."
     if bbox not in BOXES: raise InputError(f'bbox: {said(bbox)}; take one of {", ".join(BOXES)}')
@@ -291,7 +302,7 @@ def read_coco(
         if not isinstance(d,dict) or not isinstance(d.get(k),list):
             raise InputError(f'{shown(file)}: no list {k!r}, so this is no COCO detection file; export it again')
     c = _Coco(d, file, coco_folders(root, file, split), root, classes, use_ignored, of_split(root, split))
-    out = c.out
+    out = c.out; out.masks = [] if masks else None
     for n,r in enumerate(d['images']): c.tried(f'images[{n}]', c.image, n, r)
     for n,a in enumerate(d['annotations']):
         try: c.annotation(a)
@@ -743,7 +754,7 @@ def read_yolo(root, where:YoloSplit, split, classes=None)->Annotations:
 # %% ../nbs/03d_formats.ipynb #g034
 FORMS = dict(coco=(coco_splits, read_coco), voc=(voc_splits, read_voc),
     crowdhuman=(crowdhuman_splits, read_crowdhuman), yolo=(yolo_splits, read_yolo))
-OPTIONS = dict(coco=('bbox','use_ignored'), voc=('one_based','use_ignored'), crowdhuman=('box','use_ignored'),
+OPTIONS = dict(coco=('bbox','use_ignored','masks'), voc=('one_based','use_ignored'), crowdhuman=('box','use_ignored'),
     yolo=())
 
 def _json_kind(d)->str:
@@ -840,5 +851,6 @@ def take_share(found:Annotations, val_share:float, val:bool):
     for k in ('files','ids','sizes','source_ids'):
         if (v := getattr(found, k)): setattr(found, k, [v[i] for i in keep])
     rows = [r for r,i in enumerate(found.image) if i in at]
-    for k in ('label','bbox','crowd','area','rule'): v = getattr(found, k); setattr(found, k, [v[r] for r in rows])
+    for k in ('label','bbox','crowd','area','rule','masks'):
+        if (v := getattr(found, k)) is not None: setattr(found, k, [v[r] for r in rows])
     found.image = [at[found.image[r]] for r in rows]

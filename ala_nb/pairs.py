@@ -14,7 +14,7 @@ from .geometry import InputError, floored
 from .predictions import Predictions
 
 # %% auto #0
-__all__ = ['FAR', 'CHUNK', 'KEEP', 'Objects', 'check_shapes', 'check_finite', 'Pairs', 'extreme', 'log_gaussian',
+__all__ = ['FAR', 'CHUNK', 'KEEP', 'Objects', 'check_shapes', 'check_finite', 'target_masks', 'Pairs', 'extreme', 'log_gaussian',
            'columns_between', 'rectangle_pairs', 'inside_pairs', 'center_pairs', 'nearest_on_axis', 'nearest_cells',
            'nearest_pairs', 'chunk_size']
 
@@ -26,11 +26,12 @@ class Objects:
         labels:Tensor, # (N,) int64, 0 ... K-1
         image:Tensor,  # (N,) int64, 0 ... B-1, non-decreasing
         n_images:int,  # B
-    ): self.boxes, self.labels, self.image, self.n_images = boxes, labels, image, n_images
+        masks:list=None, # of B tensors (G, H, W) bool or uint8, px of each image; None: not known
+    ): self.boxes, self.labels, self.image, self.n_images, self.masks = boxes, labels, image, n_images, masks
 
     @classmethod
     def from_targets(cls,
-        targets:Sequence[dict], # one dict an image: 'boxes' (G, 4) xyxy px, 'labels' (G,) 0 ... K-1
+        targets:Sequence[dict], # one dict an image: 'boxes' (G, 4) xyxy px, 'labels' (G,) 0 ... K-1; perhaps 'masks' (G, H, W)
     )->Objects:
         "Objects of a batch from torchvision's targets; raises `InputError` that names the image."
         check_shapes(targets)
@@ -38,7 +39,7 @@ class Objects:
         labels = torch.cat([torch.as_tensor(t['labels']).reshape(-1) for t in targets]).long()
         counts = torch.tensor([len(t['labels']) for t in targets])
         image = torch.repeat_interleave(counts).to(boxes.device)      # counted on the host: no synchronization
-        out = cls(boxes if boxes.is_floating_point() else boxes.float(), labels, image, len(targets))
+        out = cls(boxes if boxes.is_floating_point() else boxes.float(), labels, image, len(targets), target_masks(targets))
         if boxes.device.type == 'cpu': check_finite(out)              # elsewhere one would have to wait for the device
         return out
 
@@ -53,7 +54,8 @@ class Objects:
     def to(self, like:Tensor)->Objects:
         "The same objects on the device of `like`, boxes in its dtype."
         dev = like.device
-        return Objects(self.boxes.to(dev, like.dtype), self.labels.to(dev), self.image.to(dev), self.n_images)
+        masks = None if self.masks is None else [m.to(dev) for m in self.masks]
+        return Objects(self.boxes.to(dev, like.dtype), self.labels.to(dev), self.image.to(dev), self.n_images, masks)
 
 # %% ../nbs/01_pairs.ipynb #c010
 def check_shapes(targets:Sequence[dict])->None:
@@ -69,6 +71,19 @@ def check_finite(objects:Objects)->None:
     for n in (~objects.boxes.isfinite().all(1)).nonzero().flatten().tolist():
         i = int(objects.image[n]); first = int((objects.image < i).sum())
         raise InputError(f"targets[{i}]: box {n-first} is {objects.boxes[n].tolist()}, not finite; correct or drop it")
+
+def target_masks(targets:Sequence[dict])->list:
+    "The masks of each image, or None where no image has any; `InputError` unless they fit the labels."
+    if not any('masks' in t for t in targets): return None
+    out = []
+    for i,t in enumerate(targets):
+        g, m = len(t['labels']), t.get('masks')
+        if m is None and not g: m = torch.zeros(0, 1, 1, dtype=torch.bool, device=t['labels'].device)     # a blank image
+        if not isinstance(m, Tensor) or m.ndim != 3 or len(m) != g or m.dtype not in (torch.bool, torch.uint8):
+            what = 'missing' if m is None else f'{tuple(m.shape)} {m.dtype}' if isinstance(m, Tensor) else type(m).__name__
+            raise InputError(f"targets[{i}]: masks are {what}; give bool or uint8 (G, H, W), here of {g} objects")
+        out.append(m.as_subclass(Tensor))
+    return out
 
 # %% ../nbs/01_pairs.ipynb #c013
 class Pairs:
