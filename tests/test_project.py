@@ -15,7 +15,7 @@ def code_cells(path): return [(''.join(c['source']), c['outputs']) for c in note
 def flags(src): return {line.split('|', 1)[1].split()[0].rstrip(':') for line in src.splitlines() if re.match(r'#\s*\|\s*\w', line)}
 def is_export(src): return bool(flags(src) & {'export', 'exports', 'exporti'})
 def exports_module(path): return any('default_exp' in flags(src) for src, _ in code_cells(path))
-def number(path): return m[1] if (m := re.match(r'(\d\d[a-z]?)_', path.stem)) else None   # '03' < '03b' < '04'
+def number(path): return m[1] if (m := re.match(r'(\d\d[a-z]*)_', path.stem)) else None   # '03' < '03b' < '04'
 
 def clean_env(**extra):
     "The environment without what would change how a child process imports or exports."
