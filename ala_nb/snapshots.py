@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+import ala_nb
 from .geometry import InputError
 from .data import load_dataset
 from .detector import Detector, batch_images
@@ -33,7 +34,7 @@ RECIPES = dict(                      # name of the snapshots -> method, its opti
 NETWORK = dict(channels=24, head_convs=1, backbone_options=dict(widths=(8,16,24,32,48)))
 MOMENTS = .01, .04, .12, .3, .6, 1.          # shares of training after which a snapshot is taken
 SHOWN = 21, 11, 14, 1, 25, 37, 26, 8         # images of the validation split: rings, crescents, frames, overlaps, tiny objects
-FOLDER = Path(__file__).parent/'shipped' if '__file__' in globals() else Path('../ala_nb/shipped')
+FOLDER = Path(ala_nb.__file__).parent/'shipped'
 
 # %% ../nbs/17b_snapshots.ipynb #c007
 @functools.lru_cache(1)

@@ -58,6 +58,12 @@ def test_modules_are_what_the_notebooks_export(made_anew):
 def test_notebooks_are_clean(made_anew):
     assert not differences(ROOT/'nbs', made_anew/'nbs'), 'run nbdev_clean'
 
+def test_every_notebook_has_its_navigation_and_its_first_cell():
+    nav = load_script('nav'); names, cfg = nav.order(), nav.settings()
+    for i, n in enumerate(names):
+        nb = notebook(ROOT/'nbs'/f'{n}.ipynb')
+        assert nav.finished(nb, nav.line(names, i, cfg), nav.alone(cfg)) == nb, f'{n}: run python scripts/nav.py'
+
 def load_script(name):
     spec = importlib.util.spec_from_file_location(name, ROOT/'scripts'/f'{name}.py')
     spec.loader.exec_module(mod := importlib.util.module_from_spec(spec))
@@ -274,6 +280,37 @@ def test_wheel_imports_by_itself(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path/'site')
     check = f'import ala_nb, pathlib; assert pathlib.Path(ala_nb.__file__).is_relative_to({str(tmp_path)!r}), ala_nb.__file__\n'
     python(f'BLOCKED = {DEV_ONLY}{BLOCK}{check}{import_all(MODULES)}', tmp_path, PYTHONPATH=str(tmp_path/'site'))
+
+def imports_only(src):
+    body = ast.parse(re.sub(r'^[%!].*', '', src, flags=re.M)).body
+    return bool(body) and all(isinstance(n, (ast.Import, ast.ImportFrom)) or isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in body)
+
+def test_notebooks_work_alone(wheel, tmp_path):
+    """In an empty folder, with the built package and no clone: every notebook's first cell and imports run, and the files that it reads are there."""
+    zipfile.ZipFile(wheel).extractall(tmp_path/'site'); (tmp_path/'empty').mkdir()
+    cells, files = {}, set()
+    for path in (p for p in NBS if p.stem != 'index'):
+        sources = [src for src, _ in code_cells(path)]
+        assert sources[0].startswith('#| hide\n# Opened alone'), path.name
+        cells[path.stem] = [sources[0], *filter(imports_only, sources)]
+        read = {m for s in sources for m in re.findall(r"""(?<!shipped\()['"]((?:\.\./|nbs/|tests/|results/|images/|scripts/)\w[\w./-]*)['"]""", s)}
+        assert not [x for x in read if (ROOT/'nbs'/x).exists()], f'{path.stem} reads {read}: use ala_nb.files.shipped'
+        files |= {m for s in sources for m in re.findall(r"shipped\('([^']+)'\)", s) if 'test_fail' not in s.split(f"shipped('{m}')")[0].splitlines()[-1]}
+    (tmp_path/'cells.json').write_text(json.dumps(cells), encoding='utf-8')
+    python(f"""
+BLOCKED = {['nbdev', 'execnb', 'ghapi', 'fastgit', 'pytest', 'nbclient', 'nbconvert', 'playwright', 'setuptools']}{BLOCK}
+import json, warnings
+warnings.simplefilter('ignore')
+import ala_nb, pathlib; assert pathlib.Path(ala_nb.__file__).is_relative_to({str(tmp_path)!r}), ala_nb.__file__
+from ala_nb.files import shipped
+for f in {sorted(files)}: assert shipped(f).is_relative_to({str(tmp_path)!r}), f
+for name, cells in json.load(open({str(tmp_path/'cells.json')!r}, encoding='utf-8')).items():
+    names = {{'__name__': '__main__'}}
+    for src in cells:
+        try: exec(src, names)
+        except Exception as e: raise SystemExit(f'{{name}}: {{src[:200]}}: {{e!r}}')
+""", tmp_path/'empty', PYTHONPATH=str(tmp_path/'site'), MPLBACKEND='agg')
+    assert len(files) > 4 and not list((tmp_path/'empty').iterdir())
 
 
 # ---- README and CI
