@@ -285,7 +285,7 @@ def imports_only(src):
     body = ast.parse(re.sub(r'^[%!].*', '', src, flags=re.M)).body
     return bool(body) and all(isinstance(n, (ast.Import, ast.ImportFrom)) or isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in body)
 
-def test_notebooks_work_alone(wheel, tmp_path):
+def test_notebooks_work_alone_with_the_wheel(wheel, tmp_path):
     """In an empty folder, with the built package and no clone: every notebook's first cell and imports run, and the files that it reads are there."""
     zipfile.ZipFile(wheel).extractall(tmp_path/'site'); (tmp_path/'empty').mkdir()
     cells, files = {}, set()
