@@ -85,12 +85,14 @@ def to_locations(
 
 # %% ../nbs/11_ipb.ipynb #c018
 def map_iou(
-    foreground:Tensor, # (B, H, W) probability
-    masks:Tensor,      # (B, H', W') bool: any object's true mask, at image resolution
+    foreground, # (B, H, W) probability, or a list of (H, W)
+    masks,      # (B, H', W') bool: any object's true mask, at image resolution; or a list of (H', W')
     threshold:float=.5,
-): # IoU of the foregrounds and of the backgrounds, each 0 ... 1 (1 where both are empty)
-    "How well a foreground map matches true masks (ALA Table II)."
-    maps = foreground[:,None].float()
-    up = F.interpolate(maps, masks.shape[1:], mode='bilinear', align_corners=False)[:,0] > threshold
-    iou = lambda a,b: ((a&b).sum()/(a|b).sum()).item() if (a|b).any() else 1.
-    return iou(up, masks), iou(~up, ~masks)
+): # IoU of the foregrounds and of the backgrounds over all pixels, each 0 ... 1 (1 where both are empty)
+    "How well foreground maps match true masks (ALA Table II)."
+    both, either = [0, 0], [0, 0]
+    for one,mask in zip(foreground, masks, strict=True):
+        up = F.interpolate(one[None,None].float(), mask.shape, mode='bilinear', align_corners=False)[0,0] > threshold
+        for k,(a,b) in enumerate(((up, mask), (~up, ~mask))):
+            both[k] += int((a&b).sum()); either[k] += int((a|b).sum())
+    return tuple(b/e if e else 1. for b,e in zip(both, either))

@@ -11,7 +11,7 @@ Each row holds the command that made it. An interrupted sweep goes on where its 
 its checkpoint is. Rows are trained in the order of the table, seed by seed, so that a stopped sweep has compared
 everything it has begun.
 """
-import argparse, csv, json, shlex, subprocess, sys, time
+import argparse, csv, json, re, shlex, subprocess, sys, time
 from pathlib import Path
 from ala_nb.data import load_dataset
 from ala_nb.detector import load_detector
@@ -99,6 +99,7 @@ def main():
     p.add_argument('--threads', type=int, default=1,
                    help='of the CPU, for one run; start the command twice, with other seeds, to use two cores')
     p.add_argument('--only', nargs='*', help='these methods only')
+    p.add_argument('--rows', default='', help='only rows whose "method options" this regular expression is found in')
     p.epilog = 'What follows -- goes to ala_nb.train: python scripts/sweep.py methods -- --epochs 1'
     given = sys.argv[1:]; cut = given.index('--') if '--' in given else len(given)
     a, extra = p.parse_args(given[:cut]), given[cut+1:]
@@ -111,7 +112,8 @@ def main():
     base = base + (BF16 if a.table == 'bccd16' else []) + extra
     for seed in a.seeds:
         for method, options in TABLES[a.table]:
-            if (a.only and method not in a.only) or (method, options, str(seed)) in done(results): continue
+            if a.only and method not in a.only or not re.search(a.rows, f'{method} {options}'): continue
+            if (method, options, str(seed)) in done(results): continue
             clip = CLIP.get(method) if real else None
             args = [clip if clip and before == '--clip' else x for before,x in zip(['', *base], base)]
             row = run_row(method, options, seed, args, Path(a.runs)/results.stem, a.threads)
