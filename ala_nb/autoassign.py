@@ -164,7 +164,7 @@ def best(self:AutoAssign, preds:Predictions, pairs:Pairs)->Tensor:
 def negatives(self:AutoAssign, preds:Predictions, pairs:Pairs):
     "w⁻ of every pair (E,), and whether it stands (E,) 0 or 1: as released the last of a class, else the smallest."
     if not self.negative_weighting: return torch.ones_like(pairs.stride), torch.ones_like(pairs.stride)
-    w = negative_weights(pairs, self.best(preds, pairs))
+    w, = pairs.in_chunks(lambda sub, best: (negative_weights(sub, best),), self.chunk, self.best(preds, pairs))
     stands = pairs.best_of_class(-w) if self.variant == 'paper' else pairs.last_of_class()
     return w, stands.to(w)
 

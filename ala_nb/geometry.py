@@ -91,7 +91,7 @@ def distance_ious(
     inter, union, hull = distance_overlap(pred, target)
     union, hull = floored(union, eps), floored(hull, eps)
     iou = inter/union
-    return iou, iou - (hull - union)/hull
+    return iou, iou - 1 + union/hull
 
 def distance_iou(pred:Tensor, target:Tensor)->Tensor:
     "IoU (...), 0 ... 1, of `pred` and `target` (..., 4), see `distance_ious`."

@@ -59,7 +59,7 @@ def negative_cost(
 )->Tensor: # (...), >= 0
     "-v^γ log(1-v) with v = weight·q: focal loss of a score that should be 0, without its factor 1-α."
     if weight is not None: q, not_q = weight*q, not_q + (1-weight)*q
-    return -q**gamma*safe_log(not_q)
+    return -(q**gamma*safe_log(not_q))
 
 def focal_negative(
     cls_logits:Tensor, # (...)
@@ -133,13 +133,13 @@ def own_logits(
     preds:Predictions, pairs:Pairs,
 )->list: # of (positions in the list (e,), places in the block's flat logits (e,)), a block each
     "Where each class block holds the logit of a pair's location for its object's class."
-    k = preds.n_classes
+    k, o, out = preds.n_classes, pairs.objects, []
     if len(preds.cls_blocks) == 1 and not preds.class_first[0]:
         return [(torch.arange(len(pairs), device=pairs.loc.device), pairs.cell*k + pairs.labels)]
-    out = []
     for at,start,(h,w),first in zip(pairs.by_level, preds.level_starts, preds.level_sizes, preds.class_first):
-        image, label, cell = (x.index_select(0, at) for x in (pairs.image, pairs.labels, pairs.loc)); cell = cell-start
-        out.append((at, (image*k + label)*(h*w) + cell if first else (image*(h*w) + cell)*k + label))
+        # place = base of the object + step · location
+        base, step = ((o.image*k + o.labels)*(h*w) - start, 1) if first else ((o.image*(h*w) - start)*k + o.labels, k)
+        out.append((at, base.index_select(0, pairs.obj.index_select(0, at)) + step*pairs.loc.index_select(0, at)))
     return out
 
 # %% ../nbs/02_losses.ipynb #c027
