@@ -14,7 +14,7 @@ from .geometry import InputError, floored
 from .predictions import Predictions
 
 # %% auto #0
-__all__ = ['FAR', 'CHUNK', 'KEEP', 'Objects', 'check_shapes', 'check_finite', 'target_masks', 'Pairs', 'extreme', 'log_gaussian',
+__all__ = ['FAR', 'CHUNK', 'KEEP', 'Objects', 'check_shapes', 'check_finite', 'target_masks', 'Pairs', 'extreme',
            'columns_between', 'rectangle_pairs', 'inside_pairs', 'center_pairs', 'nearest_on_axis', 'nearest_cells',
            'nearest_pairs', 'chunk_size']
 
@@ -115,7 +115,7 @@ class Pairs:
     @functools.cached_property
     def cell(self)->Tensor:
         "(E,) image * P + location: an index into anything (B, P)."
-        return self.image*self.n_locations + self.loc
+        return self.spread(self.objects.image*self.n_locations) + self.loc
     @functools.cached_property
     def stride(self)->Tensor:
         "(E,) px."
@@ -147,24 +147,33 @@ def level(self:Pairs)->Tensor:
 class _Spread(torch.autograd.Function):
     "A value an object, given to its pairs; the gradient of a spread is a sum."
     @staticmethod
-    def forward(ctx, x, pairs): ctx.pairs = pairs; return x.index_select(0, pairs.obj)
+    def forward(ctx, x, obj, lengths): ctx.lists = obj, lengths; return x.index_select(0, obj)
     @staticmethod
-    def backward(ctx, g): return ctx.pairs.sum(g), None
+    def backward(ctx, g): return _Sum.apply(g, *ctx.lists), None, None
+
+class _Sum(torch.autograd.Function):
+    "The sum over an object's pairs; the gradient of a sum is a spread."
+    @staticmethod
+    def forward(ctx, x, obj, lengths):
+        ctx.lists = obj, lengths
+        if len(x) == 0: return x.new_zeros(len(lengths), *x.shape[1:])
+        return torch.segment_reduce(x.contiguous(), 'sum', lengths=lengths, unsafe=True)
+    @staticmethod
+    def backward(ctx, g): return _Spread.apply(g, *ctx.lists), None, None
 
 @patch
 def spread(self:Pairs,
     per_object:Tensor, # (N, ...)
 )->Tensor: # (E, ...)
     "Give every pair its object's value."
-    return _Spread.apply(per_object, self)
+    return _Spread.apply(per_object, self.obj, self.lengths)
 
 @patch
 def sum(self:Pairs,
     x:Tensor, # (E,) or (E, C)
 )->Tensor: # (N,) or (N, C); 0 for an empty bag
     "Sum over each object's bag."
-    if len(self)==0: return x.sum()*0 + x.new_zeros(len(self.objects), *x.shape[1:])
-    return torch.segment_reduce(x.contiguous(), 'sum', lengths=self.lengths, unsafe=True)
+    return _Sum.apply(x, self.obj, self.lengths)
 
 # %% ../nbs/01_pairs.ipynb #c017
 def extreme(pairs:Pairs, x:Tensor, how:str, empty:float)->Tensor:
@@ -200,7 +209,7 @@ def std(self:Pairs, x:Tensor, unbiased:bool=True)->Tensor:
 @patch
 def normalize(self:Pairs, x:Tensor, eps:float=1e-12)->Tensor:
     "`x` (E,) divided by its sum over the object's bag (floored at `eps`)."
-    return x/self.spread(self.sum(x).clamp(min=eps))
+    return x*self.spread(1/self.sum(x).clamp(min=eps))
 
 @patch
 def softmax(self:Pairs, x:Tensor)->Tensor:
@@ -227,23 +236,15 @@ def topk(self:Pairs, x:Tensor, k:int)->Tensor:
 # %% ../nbs/01_pairs.ipynb #c026
 FAR = -60. # floor of log G: as good as 0. A CPU's exp is ten times slower where float32 cannot hold the result in full
 
-def log_gaussian(
-    offsets:Tensor, # (E, 2) location minus object center, strides, x then y
-    mu,    # (E, 2) or a number, strides: center
-    sigma, # (E, 2) or a number, strides: width
-)->Tensor: # (E,) <= 0
-    "-½ Σ ((offset-μ)/σ)²."
-    x, y = ((offsets - mu)/sigma).movedim(-1, 0).unbind()
-    return (x*x + y*y)/-2
-
 @patch
 def gaussian(self:Pairs,
     mu,    # (N, 2) center of each object's Gaussian, x then y, or a number; strides
     sigma, # (N, 2) its width, or a number; strides
 )->Tensor: # (E,) 0 ... 1
-    "Center prior of every pair (AutoAssign, Eq. 2; DW, Table 4)."
-    mu, sigma = (torch.stack([self.spread(c) for c in x.t()]).t() if isinstance(x, Tensor) else x for x in (mu, sigma))
-    return floored(log_gaussian(self.offsets, mu, sigma), FAR).exp()
+    "Center prior exp(-½ Σ ((offset-μ)/σ)²) of every pair (AutoAssign, Eq. 2; DW, Table 4)."
+    two = lambda x: [self.spread(c) for c in x.t()] if isinstance(x, Tensor) else [x, x]     # x then y, at the pairs
+    x, y = (z*s - m for z,s,m in zip(self.offsets.t(), two(1/sigma), two(mu/sigma)))
+    return floored((x*x + y*y)/-2, FAR).exp()
 
 # %% ../nbs/01_pairs.ipynb #c029
 def columns_between(
