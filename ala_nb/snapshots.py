@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'NETWORK', 'MOMENTS', 'SHOWN', 'FOLDER', 'STEPS', 'shown', 'describe', 'as_half', 'pack', 'read', 'names',
-           'Snapshot', 'load', 'blank', 'as_predictions', 'detector']
+           'Snapshot', 'load', 'blank', 'as_predictions', 'things', 'moments', 'detector']
 
 # %% ../nbs/17b_snapshots.ipynb #c002
 import functools, io, json, zipfile
@@ -148,6 +148,20 @@ def as_predictions(at:dict, images, model)->Predictions:
     obj = real['obj'][...,None] if 'obj' in real else None
     return Predictions.from_maps(cut(real['cls'], real['cls'].shape[2]), cut(real['distances'], 4), None if obj is None else cut(obj, 1),
                                  strides, model.method.head.offset, real.get('property'), real.get('pooled'))
+
+# %% ../nbs/17b_snapshots.ipynb #c016b
+def things()->dict: # words -> (number of the image, number of the object)
+    "The objects of the eight images, in words for a menu."
+    _, targets, classes = shown()
+    return {f'image {i+1}, object {k+1}: {classes[l]}, {x2-x1:.0f} × {y2-y1:.0f} px': (i, k)
+            for i,t in enumerate(targets) for k,(l,(x1,y1,x2,y2)) in enumerate(zip(t['labels'].tolist(), t['boxes'].tolist()))}
+
+def moments(
+    name:str, # as in `load`
+)->dict: # words -> number of the moment
+    "The moments of a method's snapshots, in words for a menu."
+    info, _ = read(str(name))
+    return {f"step {s:,} of {info['total']:,}": m for m,s in enumerate(info['steps'])}
 
 # %% ../nbs/17b_snapshots.ipynb #c020
 def detector(
