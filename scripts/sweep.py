@@ -4,6 +4,7 @@
     python scripts/sweep.py claims   --seeds 0 1         # the papers' claims (ala_nb.tables), 6 epochs
     python scripts/sweep.py short    --seeds 0 1 2 3 4   # the same in a minute a run: a smaller network, an easier set
     python scripts/sweep.py readings --seeds 0 1         # readings of ALA's equations, o2f's duplicates; 6 epochs
+    python scripts/sweep.py one_to_one --seeds 0 1 2     # POTO with its parts, Hybrid-Epoch, o2f: short, too
     python scripts/sweep.py bccd --data DIR --seeds 0    # every method on a real set, ResNet-18 from scratch
     python scripts/sweep.py bccd16 --data DIR --seeds 0  # the same with the network in bfloat16
 
@@ -30,7 +31,13 @@ ALA_READINGS = ('', "variant='paper' blur_radius=3", "variant='paper' loc='exp' 
     'background_weight=1.0', 'score_gamma=0.5', 'width=1.5')
 O2F_READINGS = ('', 'K=3', 't_min=0.0', 'ambiguous_weight=1.0', 'ambiguous_weight=1.0 t_min=0.1', 'alpha=0.5',
     'alpha=0.2', 'alpha=0.5 t_min=0.0', 'third_convs=0')
+NO_NMS = 'poto', 'o2f', 'hybrid'
+MAX3D = "filter='max3d'"              # rows of o2f's Table 5
+ONE_TO_ONE = [('poto', ''), ('poto', f"{MAX3D} aux='atss'"), ('poto', MAX3D), ('hybrid', ''), ('o2f', ''),
+    ('poto', f"{MAX3D} aux='topk'"), ('poto', f"{MAX3D} aux='fcos' aux_options={{'ranges':(24,48)}}"),
+    ('poto', "aux='atss'")]
 TABLES = dict(
+    one_to_one = ONE_TO_ONE,
     methods = ALL + [('ala', "parts='confidence'"), ('o2f', 't_min=0.0'), ('o2f', 'alpha=0.5 t_min=0.0')],
     claims = list(dict.fromkeys(side for c in CLAIMS for side in (c.before, c.after))),
     readings = [('ala', o) for o in ALA_READINGS] + [('o2f', o) for o in O2F_READINGS]
@@ -38,7 +45,7 @@ TABLES = dict(
     bccd = ALL, bccd16 = ALL + [('ala', "parts='confidence'")])
 TABLES['short'] = TABLES['claims']
 FILES = dict(methods='shapes.csv', claims='claims.csv', readings='claims.csv', bccd='bccd.csv', bccd16='bccd_bf16.csv',
-             short='short.csv')
+             short='short.csv', one_to_one='one_to_one.csv')
 SHORT = '--epochs 6'.split()         # of claims and readings: both sides of a comparison have the same budget
 # 1,500 steps of four images: three of the shapes, plain, on 96 px, and the network of the snapshots
 SMALL = ("--train_images 1500 --val_images 300 --epochs 4 --batch_size 4 --lr 0.006 --eval_every 4 --eval_both true "
@@ -85,7 +92,7 @@ def evaluated(out, method, options):
         measure = [sys.executable, '-m', 'ala_nb.evaluate', str(out), f'--{nms}', '--out', str(file)]
         subprocess.check_call(measure, stdout=subprocess.DEVNULL)
         metrics[nms] = json.loads(file.read_text())['coco']
-    plain = metrics['no-nms' if method in ('poto', 'o2f') or 'one_to_one=True' in options else 'nms']
+    plain = metrics['no-nms' if method in NO_NMS or 'one_to_one=True' in options else 'nms']
     return plain | dict(AP_no_nms=metrics['no-nms']['AP'], AP_nms=metrics['nms']['AP'])
 
 def main():
