@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['strongest', 'MaxFilter3d', 'FilteredBranch', 'all_scores', 'best_of_levels', 'quality_atss', 'quality_topk',
-           'near_center', 'anchor_atss', 'HybridEpoch']
+           'near_center', 'anchor_atss', 'HybridEpoch', 'dense_hybrid']
 
 # %% ../nbs/28_defcn.ipynb #d02
 from typing import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from fastcore.basics import patch
-from .geometry import InputError, boxes_to_distances, distance_iou
+from .geometry import InputError, boxes_to_distances, centerness, distance_iou
 from .pairs import CHUNK, Predictions, Objects, Pairs, center_pairs, nearest_pairs
 from .losses import scores
-from .methods import Method, Assignment, build, in_range, method_class, method_options
+from .methods import Method, build, in_range, method_class, method_options
 from .fcos import assign_static, default_ranges
 from .ciou_atss import anchor_iou, assign_adaptive
 from .o2f import matching_score
+from .dense import at_least, class_table, dense_images, dense_negatives, dense_poto, one_owner
 from .detector import Plan, ThirdBranch, group_norm
 
 # %% ../nbs/28_defcn.ipynb #d05
@@ -156,3 +156,23 @@ class HybridEpoch(Method):
 
     def location_scores(self, preds): return self.then.location_scores(preds)
     def combine(self, cls_scores, location_scores=None): return self.then.combine(cls_scores, location_scores)
+
+# %% ../nbs/28_defcn.ipynb #d33b
+def dense_hybrid(method, preds, objects, progress=.5, alpha=.25, radius=1.5):
+    "Hybrid-Epoch: FCOS's total loss of the joint score until the switch, POTO's from then on."
+    if progress >= method.share: return dense_poto(method, preds, objects)
+    stride = preds.strides[:,None]; first, last = (stride == preds.level_strides[i] for i in (0,-1))
+    low, high = (4*stride).masked_fill(first, -torch.inf), (8*stride).masked_fill(last, torch.inf)
+    images, owned, total = dense_images(preds, objects), [], 0.
+    for d in images:
+        far = d.targets.amax(-1)
+        ok = d.inside & (d.offsets.abs() < radius).all(-1) & (far >= low) & (far <= high)
+        area = (d.boxes[:,2]-d.boxes[:,0])*(d.boxes[:,3]-d.boxes[:,1])
+        owned.append(one_owner((-area).expand_as(far).masked_fill(~ok, -torch.inf)))
+    inner = [centerness(d.targets)*m for d,m in zip(images, owned)]
+    n, n_box = at_least(sum(m.sum() for m in owned)), at_least(sum(c.sum() for c in inner), 1e-6)
+    tables = [class_table(d, 1-m.float(), m, preds.n_classes) for d,m in zip(images, owned)]
+    for d,m,c in zip(images, owned, inner):
+        cls = -alpha*(1-d.score)**2*d.score.clamp(min=1e-12).log()
+        total = total + (cls*m).sum()/n + ((1-d.giou)*c).sum()/n_box
+    return total + (1-alpha)*dense_negatives(preds, tables)/n

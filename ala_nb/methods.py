@@ -23,7 +23,8 @@ from .losses import ClassTable, focal_positive, focal_negative
 # %% ../nbs/03_methods.ipynb #c004p
 # slot -> name of a part -> 'module:Class'; a part of one's own is named 'package.module:Class'
 PARTS = dict(tower=dict(plain='ala_nb.detector:Towers'), cls=dict(plain='ala_nb.detector:Classes'),
-             box=dict(plain='ala_nb.detector:Distances'), third_part=dict(plain='ala_nb.detector:ThirdBranch', max3d='ala_nb.defcn:FilteredBranch'),
+             box=dict(plain='ala_nb.detector:Distances'),
+             third_part=dict(plain='ala_nb.detector:ThirdBranch', max3d='ala_nb.defcn:FilteredBranch'),
              refine=dict(deform='ala_nb.detector:BoundaryPoints', bilinear='ala_nb.detector:BoundaryPoints'),
              filter=dict(), extra=dict(property='ala_nb.detector:Property', pooled='ala_nb.detector:Pooled'))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'RECIPE', 'PLAIN', 'DCN', 'NETS', 'MS', 'WIDE', 'PRESETS', 'TESTDEV', 'MSTEST', 'VOC', 'BOTH', 'C5',
-           'ANCHORS', 'LAST', 'RELU', 'CROWD', 'MANY', 'ADAM', 'between', 'Preset', 'merged', 'add', 'find_preset',
-           'preset_knobs', 'presets_table']
+           'ANCHORS', 'LAST', 'AUX', 'RELU', 'CROWD', 'MANY', 'ADAM', 'between', 'Preset', 'merged', 'add',
+           'find_preset', 'preset_knobs', 'presets_table']
 
 # %% ../nbs/21_presets.ipynb #p002
 import difflib, json
@@ -126,6 +126,7 @@ add('dw_r50_1x', 'DW, Tables 4 – 6', '41.5 val', 'r50', '1x', 'dw')
 add('dw_refine_r50_1x', 'DW, Table 6', '42.2 val', 'r50', '1x', 'dw', dict(refine='deform'))
 
 # %% ../nbs/21_presets.ipynb #p037
+AUX = dict(max_filter=True, aux='atss')
 RELU = dict(detector_options=dict(head_options=dict(box_activation='relu', box_bias=1.)))
 for match,alpha,ap in (('add',0.,'35.3'), ('add',.6,'37.9'), ('add',.8,'36.7'), ('add',1.,'10.6'),
                        ('multiply',0.,'35.5'), ('multiply',.6,'38.1'), ('multiply',.8,'39.0'), ('multiply',1.,'10.4')):
@@ -136,13 +137,23 @@ for schedule,own in (('1x',()), ('3x',(MS,))):
     for n,ap in ((1,('38.4','41.6')), (2,('38.7','42.0')), (3,('39.0','42.2'))):
         add(f'o2f_r50_{tag}' if n == 3 else f'o2f_r50_{tag}_{n}conv', 'o2f, Table 5', f'{ap[i]} val', 'r50', schedule,
             'o2f', dict(third_convs=n), *own)
-    for table,net,o2f,poto,fcos in (('6','r101',('40.9','43.8'),('38.6','42.0'),('41.0','43.5')),
-                                    ('7','swin_t',('42.9','46.1'),('40.8','44.0'),('43.6','46.8'))):
+    for table,net,o2f,poto,aux,fcos in (
+            ('6','r101',('40.9','43.8'),('38.6','42.0'),('39.8','42.7'),('41.0','43.5')),
+            ('7','swin_t',('42.9','46.1'),('40.8','44.0'),('41.8','44.8'),('43.6','46.8'))):
         add(f'o2f_{net}_{tag}', f'o2f, Table {table}', f'{o2f[i]} val', net, schedule, 'o2f', None, *own)
         add(f'poto_{net}_{tag}', f'POTO, in o2f, Table {table}', f'{poto[i]} val', net, schedule, 'poto', None, *own)
+        add(f'poto_3dmf_aux_{net}_{tag}', f'POTO + 3DMF + Aux, in o2f, Table {table}', f'{aux[i]} val', net, schedule,
+            'poto', AUX, *own)
         add(f'fcos_{net}_{tag}', f'FCOS, in o2f, Table {table}', f'{fcos[i]} val', net, schedule, 'fcos', None, RELU,
             *own)
     add(f'poto_r50_{tag}', 'POTO, in o2f, Table 5', f"{('36.5','40.2')[i]} val", 'r50', schedule, 'poto', None, *own)
+    add(f'poto_3dmf_r50_{tag}', 'POTO + 3DMF, in o2f, Table 5', f"{('37.0','40.5')[i]} val", 'r50', schedule, 'poto',
+        dict(max_filter=True), *own)
+    for rule,ap in dict(atss=('37.6','41.2'), topk=('37.6','41.1'), fcos=('36.5','40.3')).items():
+        add(f'poto_3dmf_aux_r50_{tag}' if rule == 'atss' else f'poto_3dmf_aux_{rule}_r50_{tag}',
+            'POTO + 3DMF + Aux, in o2f, Table 5', f'{ap[i]} val', 'r50', schedule, 'poto', AUX | dict(aux=rule), *own)
+    add(f'hybrid_r50_{tag}', 'Hybrid-Epoch, in o2f, Sec. 4.3', f"{('37.3','40.6')[i]} val", 'r50', schedule, 'hybrid',
+        None, *own, needs='a share of training with many positives: the paper prints none, 2/3 is ours')
     add(f'fcos_r50_{tag}', 'FCOS, in o2f, Table 5', f"{('38.6','41.4')[i]} val", 'r50', schedule, 'fcos', None, RELU,
         *own)
 CROWD = dict(train_split='train', val_split='val', size=800, max_size=1400, epochs=50, milestones=(.8,),
@@ -153,6 +164,8 @@ add('o2f_crowdhuman', 'o2f, Table 8', 'AP 90.9, miss rate 45.2', 'r50', '1x', 'o
     needs='CrowdHuman; evaluate --metrics crowdhuman')
 add('poto_crowdhuman', 'POTO, in o2f, Table 8', 'AP 88.7, miss rate 52.0', 'r50', '1x', 'poto', None, CROWD, MANY,
     ADAM, needs='CrowdHuman; evaluate --metrics crowdhuman')
+add('poto_3dmf_aux_crowdhuman', 'POTO + 3DMF + Aux, in o2f, Table 8', 'AP 89.2, miss rate 49.6', 'r50', '1x', 'poto', AUX,
+    CROWD, MANY, ADAM, needs='CrowdHuman; evaluate --metrics crowdhuman')
 add('fcos_crowdhuman', 'FCOS, in o2f, Table 8', 'AP 86.1, miss rate 55.2', 'r50', '1x', 'fcos', None, RELU, CROWD,
     MANY, ADAM, needs='CrowdHuman; evaluate --metrics crowdhuman')
 for net,ap in dict(r101='41.5', x101='44.7').items():

@@ -32,10 +32,9 @@ ALA_READINGS = ('', "variant='paper' blur_radius=3", "variant='paper' loc='exp' 
 O2F_READINGS = ('', 'K=3', 't_min=0.0', 'ambiguous_weight=1.0', 'ambiguous_weight=1.0 t_min=0.1', 'alpha=0.5',
     'alpha=0.2', 'alpha=0.5 t_min=0.0', 'third_convs=0')
 NO_NMS = 'poto', 'o2f', 'hybrid'
-MAX3D = "filter='max3d'"              # rows of o2f's Table 5
-ONE_TO_ONE = [('poto', ''), ('poto', f"{MAX3D} aux='atss'"), ('poto', MAX3D), ('hybrid', ''), ('o2f', ''),
-    ('poto', f"{MAX3D} aux='topk'"), ('poto', f"{MAX3D} aux='fcos' aux_options={{'ranges':(24,48)}}"),
-    ('poto', "aux='atss'")]
+AUX = [f'aux={rule!r}' for rule in ('atss', 'topk')] + ["aux='fcos' aux_options={'ranges':(24,48)}"]
+ONE_TO_ONE = [('poto', ''), ('poto', 'max_filter=True'), *(('poto', f'max_filter=True {aux}') for aux in AUX),
+    ('poto', AUX[0]), ('hybrid', ''), ('o2f', '')]                    # rows of o2f's Table 5
 TABLES = dict(
     one_to_one = ONE_TO_ONE,
     methods = ALL + [('ala', "parts='confidence'"), ('o2f', 't_min=0.0'), ('o2f', 'alpha=0.5 t_min=0.0')],
@@ -115,7 +114,7 @@ def main():
     results = Path(a.results)/FILES[a.table]
     results.parent.mkdir(parents=True, exist_ok=True)
     base = ['--data', a.data, '--val_split', a.split, *BCCD] if real else [] if a.table == 'methods' else SHORT
-    if a.table == 'short': base = SMALL
+    if a.table in ('short', 'one_to_one'): base = SMALL
     base = base + (BF16 if a.table == 'bccd16' else []) + extra
     for seed in a.seeds:
         for method, options in TABLES[a.table]:

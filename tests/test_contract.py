@@ -74,7 +74,7 @@ def divisors(name, m, out):
     "What each loss was divided by: counts and sums over the batch. Nothing else may depend on who shares it."
     p, w, variant = out.pairs, out.weights, getattr(m, 'variant', None)
     at_least = lambda x, least=1.: max(float(torch.as_tensor(x).detach()), least)
-    if name in ('fcos', 'atss', 'ciou_atss'):
+    if name in ('fcos', 'atss', 'ciou_atss', 'hybrid'):
         n, box = at_least(w['pos'].sum()), at_least(w['quality'].sum(), 1e-6)
         if variant == 'mmdet':
             per_image = torch.zeros(p.objects.n_images).index_add(0, p.image, w['pos'].float())
@@ -193,7 +193,7 @@ TEACHES = {
     'dw': dict(loss_pos=JOINT, loss_loc={'reg'}, loss_neg=JOINT),    # weights are constants
     'dw paper': dict(loss_cls_pos=JOINT, loss_cls_neg=JOINT, loss_cls_out=JOINT, loss_reg={'reg'}),
     'o2f': dict(loss_cls=JOINT, loss_reg={'reg'}), 'o2f paper': dict(loss_certain=JOINT, loss_soft=JOINT, loss_neg=JOINT, loss_reg={'reg'}),
-    'poto': dict(loss_cls=JOINT, loss_reg={'reg'}),
+    'poto': dict(loss_cls=JOINT, loss_reg={'reg'}), 'hybrid': dict(loss_cls=JOINT, loss_reg={'reg'}),
     'ala': dict(loss_hard=QUALITY, loss_soft=QUALITY, loss_neg={'cls'}, loss_property={'prop'}),                 # μ's and σ's layer learns, the features it pools do not move
     'ala one_to_one': dict(loss_hard=QUALITY, loss_soft=set(), loss_neg={'cls'}, loss_property={'prop'}),       # no soft set
     'ala paper': dict.fromkeys(('loss_hard', 'loss_soft', 'loss_neg'), QUALITY | {'pooled'}),                    # inside, the negatives are of S⁺ too (Eq. 11)

@@ -7,14 +7,16 @@ from ala_nb.geometry import boxes_to_distances, grid_points, level_sizes
 from ala_nb.methods import build, Method
 from ala_nb.pairs import Objects, Pairs, Predictions
 
-MODULES = ['fcos', 'ciou_atss', 'autoassign', 'dw', 'o2f', 'ipb', 'opm', 'ps3', 'ala']
+MODULES = ['fcos', 'ciou_atss', 'autoassign', 'dw', 'o2f', 'ipb', 'opm', 'ps3', 'ala', 'defcn']
 K, STRIDES = 3, (8, 16, 32)
 
 # what uses a function or a method: name of a method and options; without an entry, the module's first method as it is
-BUILD = dict(fcos=('fcos', {}), ciou_atss=('ciou_atss', {}), autoassign=('autoassign', {}), dw=('dw', {}), o2f=('o2f', {}), ipb=('ala', {}), opm=('ala', {}), ps3=('ala', {}), ala=('ala', {}))
+BUILD = dict(fcos=('fcos', {}), ciou_atss=('ciou_atss', {}), autoassign=('autoassign', {}), dw=('dw', {}), o2f=('o2f', {}), ipb=('ala', {}), opm=('ala', {}), ps3=('ala', {}), ala=('ala', {}), defcn=('poto', dict(aux='atss')))
 BUILD |= {
     'ciou_atss.weight_at': ('ciou_atss', dict(pred_weight='rising')),
-    'o2f.match_one_to_one': ('poto', {}), 'o2f.POTO': ('poto', {}), 'ciou_atss.ATSS': ('atss', {}),
+    'o2f.match_one_to_one': ('poto', {}), 'o2f.POTO': ('poto', dict(aux='atss')), 'o2f.auxiliary_rule': ('poto', dict(aux='fcos')),
+    'defcn.quality_topk': ('poto', dict(aux='topk')), 'defcn.near_center': ('poto', dict(aux='fcos')), 'defcn.anchor_atss': ('poto', dict(aux='anchor_atss')),
+    'defcn.HybridEpoch': ('hybrid', {}), 'ciou_atss.ATSS': ('atss', {}),
     'ps3.propagated_label': ('ala', dict(strategy='pnlp')), 'ps3.latent_label': ('ala', dict(strategy='latent')), 'ps3.neighbors': ('ala', dict(strategy='pnlp')),
     'ala.ALA._paper': ('ala', dict(variant='paper')), 'autoassign.explicit_objectness': ('autoassign', dict(objectness='explicit')),
     **{f'dw.{n}': ('dw', dict(variant='paper')) for n in ('consistency', 'neg_probability')},
@@ -22,9 +24,11 @@ BUILD |= {
 # what moves no loss, and why
 EXCEPT = {
     'fcos.ascending': 'checks an option', 'dw.read_bag': 'checks an option', 'ciou_atss.check_weight': 'checks an option',
+    'defcn.strongest': 'part of the head', 'defcn.dense_hybrid': 'the reference',
     'ipb.map_iou': "the measure of ALA's Table II, no part of a loss"}
 UNREAD = 'location_scores', 'combine', 'scores', 'explain', 'over_candidates', 'dual_rule', 'coupled_rule'   # what ranks detections, and what explains weights: no loss reads them
 
+HEAD_PARTS = 'MaxFilter3d', 'FilteredBranch'      # they make predictions
 CONSTRUCTION = '__init__', '_set', 'add_prior'           # called before there is a loss
 
 def batch(dtype, seed=0):
@@ -84,7 +88,7 @@ def own_methods():
     for m in MODULES:
         module = importlib.import_module(f'ala_nb.{m}')
         for c in (getattr(module, n) for n in module.__all__):
-            if not (inspect.isclass(c) and issubclass(c, nn.Module)): continue
+            if not (inspect.isclass(c) and issubclass(c, nn.Module)) or c.__name__ in HEAD_PARTS: continue
             yield from (f'{m}.{c.__name__}.{k}' for k, v in vars(c).items() if inspect.isfunction(v) and k not in CONSTRUCTION and not k.startswith('_orig_'))
 
 each_dtype = pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=['f32', 'f64'])
