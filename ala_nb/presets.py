@@ -153,7 +153,7 @@ for schedule,own in (('1x',()), ('3x',(MS,))):
         add(f'poto_3dmf_aux_r50_{tag}' if rule == 'atss' else f'poto_3dmf_aux_{rule}_r50_{tag}',
             'POTO + 3DMF + Aux, in o2f, Table 5', f'{ap[i]} val', 'r50', schedule, 'poto', AUX | dict(aux=rule), *own)
     add(f'hybrid_r50_{tag}', 'Hybrid-Epoch, in o2f, Sec. 4.3', f"{('37.3','40.6')[i]} val", 'r50', schedule, 'hybrid',
-        None, *own, needs='a share of training with many positives: the paper prints none, 2/3 is ours')
+        None, *own)
     add(f'fcos_r50_{tag}', 'FCOS, in o2f, Table 5', f"{('38.6','41.4')[i]} val", 'r50', schedule, 'fcos', None, RELU,
         *own)
 CROWD = dict(train_split='train', val_split='val', size=800, max_size=1400, epochs=50, milestones=(.8,),
