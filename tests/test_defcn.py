@@ -31,7 +31,7 @@ def test_auxiliary_loss_is_the_released_one(case):
 @pytest.mark.parametrize('name', ('released', 'wide', 'flat'))
 def test_filter_is_the_released_one(name):
     "Outputs, and gradients of a drawn sum with respect to maps and weights, on five levels down to a single cell."
-    g = {k.split('/', 1)[1]: v for k, v in load_golden('defcn_filter').items() if k.startswith(name)}
+    g = {k.split('/', 1)[1]: v for k, v in load_golden('parts/defcn_filter').items() if k.startswith(name)}
     r = np.random.RandomState(5); m = MaxFilter3d(64, int(g['kernel']), int(g['tau'])).double()
     drawn = lambda *shape: torch.from_numpy(np.asarray(r.standard_normal(shape)))
     with torch.no_grad():
