@@ -268,14 +268,14 @@ ROWS['o2f'] = """
 1 | t = 0.8 | 25.6 | o2f K=2 t=0.8 ambiguous_weight=1.0
 2 | K of 3 … 13 | 38.4 … 39.0 | o2f K=3
 3 | 16 cells: Tmax 0.4 … 0.7, Tmin 0.1 … 0.4 | 37.9 … 39.0 | o2f t_max=0.5 t_min=0.1
-5 | Hybrid-Epoch, 1× and 3× | 37.3, 40.6 | – the switch from one-to-many to one-to-one
-5 | POTO + 3DMF, 1× and 3× | 37.0, 40.5 | – 3D max filtering
-5 | POTO + 3DMF + Aux (ATSS), 1× and 3× | 37.6, 41.2 | – 3D max filtering and the auxiliary loss
-5 | POTO + 3DMF + Aux (Top-k), 1× and 3× | 37.6, 41.1 | – 3D max filtering and the auxiliary loss
-5 | POTO + 3DMF + Aux (FCOS), 1× and 3× | 36.5, 40.3 | – 3D max filtering and the auxiliary loss
-6 | POTO + 3DMF + Aux, ResNet-101, 1× and 3× | 39.8, 42.7 | – 3D max filtering and the auxiliary loss
-7 | POTO + 3DMF + Aux, Swin-T, 1× and 3× | 41.8, 44.8 | – 3D max filtering and the auxiliary loss
-8 | POTO + 3DMF + Aux (miss rate in %) | 49.6 | – 3D max filtering and the auxiliary loss
+5 | Hybrid-Epoch, 1× and 3× | 37.3, 40.6 | hybrid
+5 | POTO + 3DMF, 1× and 3× | 37.0, 40.5 | poto max_filter=True
+5 | POTO + 3DMF + Aux (ATSS), 1× and 3× | 37.6, 41.2 | poto max_filter=True aux='atss'
+5 | POTO + 3DMF + Aux (Top-k), 1× and 3× | 37.6, 41.1 | poto max_filter=True aux='topk'
+5 | POTO + 3DMF + Aux (FCOS), 1× and 3× | 36.5, 40.3 | poto max_filter=True aux='fcos'
+6 | POTO + 3DMF + Aux, ResNet-101, 1× and 3× | 39.8, 42.7 | poto max_filter=True aux='atss'
+7 | POTO + 3DMF + Aux, Swin-T, 1× and 3× | 41.8, 44.8 | poto max_filter=True aux='atss'
+8 | POTO + 3DMF + Aux (miss rate in %) | 49.6 | poto max_filter=True aux='atss'
 9 | CondInst, 1× and 3× (mask AP) | 35.4, 38.1 | – CondInst
 9 | CondInst, POTO | 32.8, 36.1 | – CondInst
 9 | CondInst, o2f | 35.9, 38.0 | – CondInst
