@@ -15,7 +15,7 @@ from .geometry import InputError, distance_iou, distance_giou, centerness
 from .pairs import chunk_size, Predictions, Objects, Pairs, inside_pairs
 from .losses import ClassTable, focal_negative, log_not_joint, normalizer
 from .methods import Method, HeadSpec, Assignment, choice, in_range
-from .ipb import gaussian_taps, property_scores, blur, to_locations
+from .ipb import COUPLINGS, gaussian_taps, property_scores, blur, to_locations
 from .opm import LOC_READINGS, CenterPrior, log_loc_likelihood, log_confidence
 from .ps3 import select_samples, soft_label, propagated_label, latent_label
 
@@ -46,8 +46,7 @@ class ALA(Method):
         in_channels:int=256,      # channels of the pooled pyramid features
         property:str='ipb',       # Table I: 'ipb', 'impobj' (AutoAssign's), 'centerness' (FCOS's) or 'none'
         coupling:str=None,        # of the maps: 'softmax' (None: working), 'sigmoid', 'double_sigmoid' (None: paper)
-        alpha:float=.8, beta:float=.6, # α, β (Table V)
-        confidence:str='mul',     # 'mul' or 'add' (Table V)
+        alpha:float=.8, beta:float=.6, confidence:str='mul', # α, β; 'mul' or 'add' (Table V)
         loc:str=None,             # P(loc): one of opm.LOC_READINGS; None: 'exp' working, 'printed' paper
         lam:float=5.,             # λ of the exponential readings
         parts:str='both',         # Table III: 'both', 'confidence' or 'weight'
@@ -61,11 +60,9 @@ class ALA(Method):
         at_least_one:bool=None,   # the best pair of every object is hard; None: working yes, paper (as printed) no
         strategy:str='ps3',       # whose soft labels (Table XII): 'ps3' (Eq. 10), 'pnlp' or 'latent'
         losses:str='HSN',         # those of hard (H), soft (S) and negative (N) samples (Table XI)
-        # what Alg. 1's soft samples are without S: 'negative', 'positive', or 'silent' (neither)
-        without_soft:str='negative',
+        without_soft:str='negative', # Alg. 1's soft samples without S: 'negative', 'positive' or 'silent' (neither)
         one_to_one:bool=False,    # Sec. IV-D: the best pair of the hard set is the only positive, no NMS
-        # what a negative costs (working): 'class' FL(P_cls, 0), 'joint' FL(P_cls·P_F, 0), 'weight' M⁻·FL(P_cls, 0)
-        negatives:str='class',
+        negatives:str='class',    # their cost (working): FL(P_cls, 0); 'joint' FL(P_cls·P_F, 0), 'weight' M⁻·FL(P_cls, 0)
         inner:str='full',         # negatives inside boxes (working): 'full' weight, or 'mean' over each object's set
         background_weight:float=.3, # of the property branch outside all boxes (working, negatives='class')
         score_gamma:float=0.,     # score = P(cls) · P_F^gamma
@@ -94,13 +91,12 @@ def _set(self:ALA, o):
     if o.xi is not None: in_range('xi', o.xi, 0, 1)
     self.strategy = choice('strategy', o.strategy, ('ps3','pnlp','latent'))
     if o.xi is not None and o.strategy != 'ps3':
-        raise InputError(f"xi: {o.xi} is a fixed label, but strategy={o.strategy!r} makes its own; leave out one of them")
+        raise InputError(f"xi: {o.xi} is a fixed label, and strategy={o.strategy!r} makes its own; leave out one")
     self.without_soft = choice('without_soft', o.without_soft, ('negative','positive','silent'))
     gaussian_taps(o.blur_radius, o.blur_variance)                 # refuses a blur that does not exist
     self.variant, self.property = o.variant, o.property
     self.blur_radius, self.blur_variance = o.blur_radius, o.blur_variance
-    couplings = 'softmax', 'sigmoid', 'double_sigmoid'
-    self.coupling = choice('coupling', usual(o.coupling, 'softmax', 'double_sigmoid'), couplings)
+    self.coupling = choice('coupling', usual(o.coupling, 'softmax', 'double_sigmoid'), COUPLINGS)
     self.loc = choice('loc', usual(o.loc, 'exp', 'printed'), LOC_READINGS)
     self.parts = choice('parts', o.parts, ('both','confidence','weight'))
     self.confidence = choice('confidence', o.confidence, ('mul','add'))
@@ -116,6 +112,7 @@ def _set(self:ALA, o):
     self.centre_gradient = bool(usual(o.centre_gradient, False, True))
     self.nms, self.score_power = not o.one_to_one, .5 if o.property=='centerness' else 1.
 
+# %% ../nbs/14_ala.ipynb #a_ls
 @patch
 def location_scores(self:ALA, preds):
     "Objectness or centre-ness where that is the property, the foreground map to the power `score_gamma`, or None."
@@ -156,6 +153,7 @@ def quality(self:ALA, preds, pairs, cls_logits, distances, maps)->Tensor:
         if maps is not None: log_s = log_s + at_pairs(pairs, maps[:,0]).clamp(min=1e-6).log()
     return log_s.clamp(min=-100)
 
+# %% ../nbs/14_ala.ipynb #a_sel
 @patch
 def select(self:ALA, pairs, quality, progress, level_sizes):
     "Hard and soft sets and ξ, without gradient."

@@ -60,7 +60,7 @@ def neighbors(
     one, key = torch.ones_like(width), pairs.obj*pairs.n_locations + pairs.loc
     wanted = key[:,None] + torch.stack([-one, one, -width, width], 1)
     at = torch.searchsorted(key, wanted).clamp(max=len(pairs)-1)
-    apart = (pairs.points[pairs.loc[at]] - pairs.points[pairs.loc][:,None]).abs().sum(2)     # a row's end is no neighbor
+    apart = (pairs.points[pairs.loc[at]] - pairs.points[pairs.loc][:,None]).abs().sum(2)   # a row's end is no neighbor
     same = (pairs.obj[at] == pairs.obj[:,None]) & (pairs.stride[at] == pairs.stride[:,None])
     return at, (key[at] == wanted) & same & (apart < 1.5*pairs.stride[:,None])
 
@@ -74,7 +74,7 @@ def propagated_label(
     level_sizes,    # of the predictions
     keep:float=.5,  # share of a label that moves on
 )->Tensor: # (E,) 0 ... 1
-    "Positive degree by propagating positive and negative labels between neighbors (ALA Table XII, our reading of PNLP)."
+    "Positive degree by propagating labels of both kinds between neighbors (ALA Table XII, our reading of PNLP)."
     at, there = neighbors(pairs, level_sizes)
     tiny = torch.finfo(quality.dtype).tiny
     v = pairs.spread(pairs.std(quality, unbiased=False)).clamp(min=tiny)[:,None]
