@@ -34,6 +34,7 @@ FORMS = dict(
     dw=dict(method='dw', method_options=dict(refine='deform')),
     dw_plain=dict(method='dw'),
     o2f=dict(method='o2f'),
+    gfl=dict(method='gfl', p7_relu=False, **BY_CLASS), gflv2=dict(method='gflv2', p7_relu=False), vfnet=dict(method='vfnet', **BY_CLASS),
     torchvision=dict(method='fcos', method_options=dict(variant='torchvision'), head_options=dict(box_activation='relu', offset=0., level_scales=False),
                      pad_to=128, score_threshold=.2, norm='frozen'))
 CAFFE_FORMS = 'fcos_v1', 'fcos', 'autoassign', 'autoassign_cvpods'   # published with Caffe-style ResNets
@@ -54,6 +55,8 @@ def guess_form(
         return 'dw_plain' if (state['bbox_head.center_prior.sigma'] == state['bbox_head.center_prior.sigma'][0,
             0]).all() and 'AutoAssign' not in config else 'autoassign'
     if has('bbox_head.atss_cls'): return 'atss'
+    if has('bbox_head.gfl_cls'): return 'gflv2' if has('bbox_head.reg_conf') else 'gfl'
+    if has('bbox_head.vfnet_cls'): return 'vfnet'
     if 'norm_on_bbox' in config: return 'fcos' if re.search(r'norm_on_bbox\W*[=:]\s*True', config) else 'fcos_v1'
     if 'FCOSHead' in config: return 'fcos_v1'
     raise InputError("--form: the weights do not say which FCOS they are; give fcos_v1 (exp, centre-ness on the class tower) or fcos (norm_on_bbox, centerness_on_reg)")

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .geometry import (level_sizes, grid_points, boxes_to_distances, distance_iou, distance_giou, centerness)
+from .predictions import full
 from .pairs import Predictions, Objects, inside_pairs
 from .methods import HeadSpec, method_class
 
@@ -61,7 +62,7 @@ def made_up(
 )->dict: # str -> [(B, channels, H, W), ...]
     "What a head with these distances could say besides, for methods that read more."
     other = lambda d,s,channels: (d[:,:1]/s*torch.arange(1, channels+1, device=d.device).view(-1,1,1)).sin()
-    return {k: [EXTRAS.get(k, other)(d, s, n) for d,s in zip(distances, strides)] for k,n in reads}
+    return {k: [EXTRAS.get(k, other)(full(d), s, n) for d,s in zip(distances, strides)] for k,n in reads}
 
 # %% ../nbs/14b_dense.ipynb #c008
 @dataclasses.dataclass

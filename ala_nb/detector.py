@@ -800,8 +800,11 @@ def _d2_stage(m): return f'body.layer{int(m[1])-1}.{m[2]}'
 # how other programs' detectors call what is ours: patterns for the beginning of a name, and what stands there instead
 NAMES = dict(
     mmdet=[(r'backbone\.', 'body.'), (r'neck\.lateral_convs\.(\d)\.conv\.', r'pyramid.fpn.inner_blocks.\1.0.'), (r'neck\.fpn_convs\.(\d)\.conv\.', r'pyramid.fpn.layer_blocks.\1.0.'),
-           (r'bbox_head\.(cls|reg|centerness)_convs\.(\d)\.(conv|gn)\.', _tower), (r'bbox_head\.(?:conv|atss)_cls\.', 'head.cls.'),
-           (r'bbox_head\.(?:conv|atss)_reg\.', 'head.box.'), (r'bbox_head\.(?:conv|atss)_centerness\.', 'head.third.'), (r'bbox_head\.reg_offset\.', 'head.shift.'),
+           (r'bbox_head\.(cls|reg|centerness)_convs\.(\d)\.(conv|gn)\.', _tower), (r'bbox_head\.(?:conv|atss|gfl|vfnet)_cls\.', 'head.cls.'),
+           (r'bbox_head\.(?:conv|atss|gfl|vfnet)_reg\.', 'head.box.'), (r'bbox_head\.(?:conv|atss)_centerness\.', 'head.third.'), (r'bbox_head\.reg_offset\.', 'head.shift.'),
+           (r'bbox_head\.reg_conf\.(\d)\.', r'head.quality.\1.'), (r'bbox_head\.integral\.project$', ''), (r'bbox_head\.vfnet_reg_conv\.conv\.', 'head.box_convs.0.'),
+           (r'bbox_head\.vfnet_reg_conv\.gn\.', 'head.box_convs.1.'), (r'bbox_head\.vfnet_reg_refine_dconv\.', 'head.box_star.'), (r'bbox_head\.vfnet_reg_refine\.', 'head.correct.'),
+           (r'bbox_head\.vfnet_cls_dconv\.', 'head.cls_star.'), (r'bbox_head\.scales_refine\.(\d)\.scale$', r'head.correct_scales.factor.\1'),
            (r'bbox_head\.scales\.(\d)\.scale$', r'head.scales.\1'), (r'bbox_head\.center_prior\.mean$', 'method.mu'), (r'bbox_head\.center_prior\.sigma$', 'method.sigma')],
     torchvision=[(r'backbone\.body\.', 'body.'), (r'backbone\.fpn\.extra_blocks\.p6\.', 'pyramid.fpn.extra_blocks.convs.0.'), (r'backbone\.fpn\.extra_blocks\.p7\.', 'pyramid.fpn.extra_blocks.convs.1.'),
                  (r'backbone\.fpn\.', 'pyramid.fpn.'), (r'head\.classification_head\.conv\.', 'head.cls_tower.'), (r'head\.classification_head\.cls_logits\.', 'head.cls.'),
@@ -838,9 +841,9 @@ def our_names(
         if name is not None and source == 'cvpods':                    # detectron2's blocks: conv1.norm for bn1, shortcut for downsample
             name = re.sub(r'conv(\d)\.norm\.', r'bn\1.', name).replace('.shortcut.norm.', '.downsample.1.').replace('.shortcut.', '.downsample.0.')
         if name is None: left.append(k)
-        elif re.match(r'head\.scales\.\d', name): scales[int(name[12:])] = v.reshape(())
-        else: out[name] = v
-    if scales: out['head.scales'] = torch.stack([scales[i] for i in sorted(scales)])
+        elif m := re.match(r'(head\.(?:scales|correct_scales\.factor))\.(\d)$', name): scales.setdefault(m[1], {})[int(m[2])] = v.reshape(())
+        elif name: out[name] = v                                          # '': a constant that we compute
+    for name,x in scales.items(): out[name] = torch.stack([x[i] for i in sorted(x)])
     n = len({k.split('.')[3] for k in out if '.inner_blocks.' in k})  # levels of the backbone; what comes after them is ours by another name
     def extra(k):
         m = re.match(r'pyramid\.fpn\.layer_blocks\.(\d)\.0\.(.*)', k)

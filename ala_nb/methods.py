@@ -23,9 +23,10 @@ from .losses import ClassTable, focal_positive, focal_negative
 # %% ../nbs/03_methods.ipynb #c004p
 # slot -> name of a part -> 'module:Class'; a part of one's own is named 'package.module:Class'
 PARTS = dict(tower=dict(plain='ala_nb.detector:Towers'), cls=dict(plain='ala_nb.detector:Classes'),
-             box=dict(plain='ala_nb.detector:Distances'),
-             third_part=dict(plain='ala_nb.detector:ThirdBranch', max3d='ala_nb.defcn:FilteredBranch'),
-             refine=dict(deform='ala_nb.detector:BoundaryPoints', bilinear='ala_nb.detector:BoundaryPoints'),
+             box=dict(plain='ala_nb.detector:Distances', distribution='ala_nb.gfl:Distribution'),
+             third_part=dict(plain='ala_nb.detector:ThirdBranch', max3d='ala_nb.defcn:FilteredBranch',
+                             statistics='ala_nb.gfl:Statistics'),
+             refine=dict(deform='ala_nb.detector:BoundaryPoints', bilinear='ala_nb.detector:BoundaryPoints', star='ala_nb.vfnet:Star'),
              filter=dict(), extra=dict(property='ala_nb.detector:Property', pooled='ala_nb.detector:Pooled'))
 
 def check_part(slot:str, name):
@@ -244,7 +245,9 @@ def focal_loss(
 # name -> 'module:Class', or the class itself
 METHODS = dict(fcos='ala_nb.fcos:FCOS', atss='ala_nb.ciou_atss:ATSS', ciou_atss='ala_nb.ciou_atss:CombinedIoU',
                autoassign='ala_nb.autoassign:AutoAssign', dw='ala_nb.dw:DW', poto='ala_nb.o2f:POTO',
-               o2f='ala_nb.o2f:OneToFew', hybrid='ala_nb.defcn:HybridEpoch', ala='ala_nb.ala:ALA')
+               o2f='ala_nb.o2f:OneToFew', hybrid='ala_nb.defcn:HybridEpoch', ala='ala_nb.ala:ALA',
+               gfl='ala_nb.gfl:GFL', gflv2='ala_nb.gfl:GFLV2',
+               vfnet='ala_nb.vfnet:VFNet')
 
 @functools.cache
 def installed()->dict: # name -> 'module:Class'

@@ -28,12 +28,14 @@ def drawn(name:str, like:torch.Tensor)->torch.Tensor:
     if not like.is_floating_point(): return torch.zeros_like(like)
     r = torch.from_numpy(np.asarray(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(like.shape)))).to(torch.float64)
     end = name.rsplit('.', 1)[-1]
+    if end == 'project': return torch.arange(like.numel(), dtype=torch.float64)      # GFL's 0 ... 16, a constant
     if like.ndim > 1 and end == 'weight': return r/np.sqrt(like[0].numel())
     if end == 'running_mean': return .1*r
     if end == 'running_var': return 1 + .2*r.abs()
     if end in ('scale', 'sigma') or end == 'weight': return (.3 if 'bn' in name and not name.endswith('bn1.weight') else 1)*(1 + .1*r)
+    if 'vfnet_reg' in name and end == 'bias' and like.numel() == 4: return .1*r - (.2 if 'refine' in name else 1.5)
     if 'reg' in name and end == 'bias' and 'gn' not in name and like.numel() == 4: return 2 + .1*r
-    if any(n in name for n in ('conv_cls', 'atss_cls', 'cls_logits')) and end == 'bias': return -2 + .5*r
+    if any(n in name for n in ('conv_cls', 'atss_cls', 'gfl_cls', 'vfnet_cls.', 'cls_logits')) and end == 'bias': return -2 + .5*r
     return .1*r
 
 def fill(model:nn.Module)->dict:
@@ -64,17 +66,23 @@ def no_float():
 def import_mmdet():
     from ala_nb.bench import import_mmdet
     import_mmdet()
-    from mmdet.models.dense_heads import base_dense_head
+    from mmdet.models.dense_heads import base_dense_head, vfnet_head
     from mmdet.utils import register_all_modules
     register_all_modules()
     def batched_nms(boxes, scores, idxs, cfg, class_agnostic=False):
         keep = torchvision.ops.batched_nms(boxes, scores, idxs, cfg['iou_threshold'])
         return torch.cat([boxes[keep], scores[keep, None]], 1), keep
     base_dense_head.batched_nms = batched_nms
+    vfnet_head.DeformConv2d = StarConv
+
+class StarConv(nn.Conv2d):
+    "mmcv's DeformConv2d by torchvision's operator."
+    def __init__(self, into, out, kernel_size, stride, padding): super().__init__(into, out, kernel_size, stride, padding, bias=False)
+    def forward(self, x, offset): return torchvision.ops.deform_conv2d(x, offset, self.weight, padding=self.padding)
 
 def settings(name:str)->dict:
     "mmdetection's model settings, its published ones but for depth and width."
-    caffe = name != 'atss'
+    caffe = name not in ('atss', 'gfl', 'vfnet')
     focal = dict(type='FocalLoss', use_sigmoid=True, gamma=2., alpha=.25, loss_weight=1.)
     bce = dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.)
     depth = 50 if name == 'autoassign' else 18
@@ -83,15 +91,22 @@ def settings(name:str)->dict:
              backbone=dict(type='ResNet', depth=depth, num_stages=4, out_indices=(0, 1, 2, 3), frozen_stages=1, norm_cfg=dict(type='BN', requires_grad=not caffe),
                            norm_eval=True, style='caffe' if depth == 50 else 'pytorch'),
              neck=dict(type='FPN', in_channels=[256, 512, 1024, 2048] if depth == 50 else [64, 128, 256, 512], out_channels=64, start_level=1,
-                       add_extra_convs='on_input' if name == 'autoassign' else 'on_output', num_outs=5, relu_before_extra_convs=name != 'atss'),
+                       add_extra_convs='on_input' if name == 'autoassign' else 'on_output', num_outs=5, relu_before_extra_convs=name not in ('atss', 'gfl')),
              test_cfg=dict(nms_pre=1000, min_bbox_size=0, score_thr=.05, nms=dict(type='nms', iou_threshold=.5 if name == 'fcos_v1' else .6), max_per_img=100))
     strides = [8, 16, 32, 64, 128]
     if name == 'autoassign':
         return dict(c, type='AutoAssign', bbox_head=dict(type='AutoAssignHead', num_classes=K, strides=strides, loss_bbox=dict(type='GIoULoss', loss_weight=5.), **HEAD))
+    train = dict(assigner=dict(type='ATSSAssigner', topk=9), allowed_border=-1, pos_weight=-1, debug=False)
+    anchors = dict(type='AnchorGenerator', ratios=[1.], octave_base_scale=8, scales_per_octave=1, strides=strides)
+    if name == 'gfl':
+        return dict(c, type='GFL', train_cfg=train, bbox_head=dict(type='GFLHead', num_classes=K, anchor_generator=anchors, reg_max=16, loss_bbox=dict(type='GIoULoss', loss_weight=2.),
+            loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True, beta=2., loss_weight=1.), loss_dfl=dict(type='DistributionFocalLoss', loss_weight=.25), **HEAD))
+    if name == 'vfnet':
+        return dict(c, type='VFNet', train_cfg=train, bbox_head=dict(type='VFNetHead', num_classes=K, strides=strides, loss_bbox=dict(type='GIoULoss', loss_weight=1.5),
+            loss_bbox_refine=dict(type='GIoULoss', loss_weight=2.), **HEAD))
     if name == 'atss':
-        train = dict(assigner=dict(type='ATSSAssigner', topk=9), allowed_border=-1, pos_weight=-1, debug=False)
         return dict(c, type='ATSS', train_cfg=train, bbox_head=dict(type='ATSSHead', num_classes=K, loss_cls=focal, loss_bbox=dict(type='GIoULoss', loss_weight=2.), loss_centerness=bce,
-            anchor_generator=dict(type='AnchorGenerator', ratios=[1.], octave_base_scale=8, scales_per_octave=1, strides=strides),
+            anchor_generator=anchors,
             bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.]*4, target_stds=[.1, .1, .2, .2]), **HEAD))
     improved = dict(norm_on_bbox=True, centerness_on_reg=True, dcn_on_last_conv=False, center_sampling=True, conv_bias=True, loss_bbox=dict(type='GIoULoss', loss_weight=1.))
     return dict(c, type='FCOS', bbox_head=dict(type='FCOSHead', num_classes=K, strides=strides, loss_cls=focal, loss_centerness=bce,
@@ -104,10 +119,13 @@ class MMDet:
         from mmdet.registry import MODELS
         from mmengine.config import ConfigDict
         self.model = MODELS.build(ConfigDict(settings(name))).double()
-        prior = self.model.bbox_head.prior_generator
+        prior = getattr(self.model.bbox_head, 'atss_prior_generator', self.model.bbox_head.prior_generator)
         prior.grid_priors = functools.partial(prior.grid_priors, dtype=torch.float64)
         for k, v in settings(name)['data_preprocessor'].items():            # not rounded to float32
             if k in ('mean', 'std'): setattr(self.model.data_preprocessor, k, torch.tensor(v, dtype=torch.float64).view(3, 1, 1))
+        if name == 'gfl':                                                   # its targets take the dtype of the weights, which are float32
+            one, head = self.model.bbox_head.loss_by_feat_single, self.model.bbox_head
+            head.loss_by_feat_single = lambda anchors, cls, box, labels, weights, *a, **k: one(anchors, cls, box, labels, weights.double(), *a, **k)
         self.state = fill(self.model)
         self.feature, self.outs = {}, {}
         self.model.neck.register_forward_hook(lambda m, i, o: self.feature.__setitem__('p', o))
@@ -136,8 +154,9 @@ class MMDet:
             out = self.model.predict(d['inputs'], d['data_samples'], rescale=False)
         return [dict(boxes=o.pred_instances.bboxes, scores=o.pred_instances.scores, labels=o.pred_instances.labels) for o in out]
 
-    def head(self): # class, box and third maps of the last call, in training
-        return [list(x) for x in self.outs['o'][:3]]
+    def head(self): # class, box and third (GFL: distributions, VFNet: refined boxes) maps of the last call, in training
+        o = [list(x) for x in self.outs['o']]
+        return o[0], o[1], o[-1]
 
 
 # ---- torchvision
@@ -170,12 +189,13 @@ class TorchVision:
         cut = lambda x: [y.transpose(1, 2).reshape(len(y), -1, *s) for y, s in zip(x.split([h*w for h, w in sizes], 1), sizes)]
         return [cut(o[k]) for k in ('cls_logits', 'bbox_regression', 'bbox_ctrness')]
 
-CASES = dict(autoassign=MMDet, fcos_v1=MMDet, fcos=MMDet, atss=MMDet, torchvision=TorchVision)
+CASES = dict(autoassign=MMDet, fcos_v1=MMDet, fcos=MMDet, atss=MMDet, gfl=MMDet, vfnet=MMDet, torchvision=TorchVision)
 
 # ---- ours beside them
 
-STYLE = dict(autoassign='caffe', fcos_v1='caffe', fcos='caffe', atss='pytorch', torchvision='pytorch')
+STYLE = dict(autoassign='caffe', fcos_v1='caffe', fcos='caffe', atss='pytorch', gfl='pytorch', vfnet='pytorch', torchvision='pytorch')
 LOSSES = dict(loss_reg='loss_bbox', loss_branch='loss_centerness') # ours -> theirs
+VFNET = dict(loss_coarse='loss_bbox', loss_reg='loss_bbox_rf')
 
 def ours(name:str, state:dict):
     "Our detector with an official state's weights."
@@ -191,12 +211,16 @@ def our_losses(name, model):
     losses = model.train()([im/255 for im in images()], our_targets(name))
     if name == 'torchvision':
         return {dict(loss_cls='classification', loss_reg='bbox_regression', loss_centerness='bbox_ctrness')[k]: v for k, v in losses.items()}
-    return {LOSSES.get(k, k): v for k, v in losses.items()}
+    return {(VFNET if name == 'vfnet' else LOSSES).get(k, k): v for k, v in losses.items()}
 
 def apart(a, b): # largest difference, relative to the largest value
     return float((a-b).abs().max()/b.abs().max().clamp(min=1e-12)) if a.shape == b.shape else float('inf')
 
 def gradients(model, wanted): return {k: p.grad for k, p in model.named_parameters() if p.grad is not None and k in wanted}
+
+def third(name, preds): # (B, C, P): what stands beside class and box
+    if name == 'gfl': return preds.extras['bins'].transpose(1, 2)
+    return preds.distance_planes if name == 'vfnet' else preds.obj_logits[:, None]
 
 def watched(model):
     "What our detector computes on the way: the pyramid's maps and the predictions."
@@ -211,10 +235,10 @@ def check(name:str, steps:int=20)->dict:
     theirs = CASES[name](name); model = ours(name, theirs.state); seen, out = watched(model), {}
     a, b = theirs.losses(), our_losses(name, model)
     out['features'] = max(apart(x, y) for x, y in zip(seen['p'], theirs.feature['p']))
-    cls, _, third = theirs.head()
+    cls, _, other = theirs.head()
     preds = seen['preds']
     flat = lambda maps: torch.cat([m.flatten(2) for m in maps], 2)
-    out['class'] = apart(preds.cls_logits.transpose(1, 2), flat(cls)); out['third'] = apart(preds.obj_logits[:, None], flat(third))
+    out['class'] = apart(preds.cls_logits.transpose(1, 2), flat(cls)); out['third'] = apart(third(name, preds), flat(other))
     out['losses'] = max(apart(b[k].detach(), total({'loss_'+k: v}).detach()) for k, v in a.items())
     total(a).backward(); total(b).backward()
     want = our_names({k: p.grad for k, p in theirs.model.named_parameters() if p.grad is not None}, made_by(theirs.state))[0]
@@ -256,16 +280,16 @@ def our_record(name:str, state:dict)->dict:
     losses = our_losses(name, model); total(losses).backward()
     preds = seen['preds']
     grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-    out = record(losses, seen['p'], maps_of(preds, preds.cls_logits.transpose(1, 2)), maps_of(preds, preds.obj_logits[:, None]), grads, [])
+    out = record(losses, seen['p'], maps_of(preds, preds.cls_logits.transpose(1, 2)), maps_of(preds, third(name, preds)), grads, [])
     return out | record({}, [], [], [], {}, model.eval().detect([im/255 for im in images()]))
 
 def their_record(name:str)->dict:
     "What is kept of an official detector."
     from ala_nb.detector import our_names, made_by
     theirs = CASES[name](name)
-    losses = theirs.losses(); total(losses).backward(); cls, _, third = theirs.head()
+    losses = theirs.losses(); total(losses).backward(); cls, _, other = theirs.head()
     grads = our_names({k: p.grad for k, p in theirs.model.named_parameters() if p.grad is not None}, made_by(theirs.state))[0]
-    out = record(losses, theirs.feature['p'], cls, third, grads, []) | record({}, [], [], [], {}, theirs.detections())
+    out = record(losses, theirs.feature['p'], cls, other, grads, []) | record({}, [], [], [], {}, theirs.detections())
     shapes = json.dumps({k: [list(v.shape), str(v.dtype)] for k, v in theirs.state.items()})
     return out | dict(state=np.frombuffer(shapes.encode(), np.uint8))
 

@@ -1,19 +1,21 @@
 "What a method says of its weights: factors and formulas, joined in plain NumPy, are the weights that the loss used."
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
+from ala_nb.dense import made_up
 from ala_nb.geometry import grid_points, level_sizes
 from ala_nb.methods import Assignment, build
 from ala_nb.pairs import Objects, Predictions
 from formulas import compute, language
 
 K, SIZE, STRIDES = 3, (96, 128), (8, 16, 32)
-FITTED = dict(fcos=dict(ranges=(24,48)), atss=dict(anchor_scale=4.), ciou_atss=dict(anchor_scale=4.))
+FITTED = dict(fcos=dict(ranges=(24,48)), atss=dict(anchor_scale=4.), ciou_atss=dict(anchor_scale=4.), gfl=dict(anchor_scale=4.), gflv2=dict(anchor_scale=4.), vfnet=dict(anchor_scale=4.))
 CASES = [('fcos', {}), ('fcos', dict(centre_sampling=None)), ('atss', {}), ('atss', dict(variant='released')), ('ciou_atss', {}),
          ('ciou_atss', dict(cls_loss='focal', third_branch='centerness')), ('ciou_atss', dict(anchor_weight='falling', pred_weight='rising')),
          ('autoassign', {}), ('autoassign', dict(variant='paper', confidence='cls', centre='fixed')), ('autoassign', dict(confidence='none', negative_weighting=False)),
          ('autoassign', dict(confidence='loc', centre='none', other_objects=False, objectness='none')),
          ('dw', {}), ('dw', dict(variant='paper')), ('dw', dict(bag=('topk', 4), negative='complement')), ('dw', dict(bag='threshold', negative='importance', mu_below=5.)),
          ('dw', dict(weighting='autoassign')), ('dw', dict(weighting='gfl')), ('dw', dict(weighting='vfl', variant='paper')), ('dw', dict(weighting='tood', bag='radius')), ('dw', dict(weighting='musu')),
+         ('gfl', {}), ('gflv2', dict(pred_weight=1.)), ('vfnet', {}), ('vfnet', dict(anchor_weight='falling', pred_weight='rising')),
          ('poto', {}), ('poto', dict(use_objectness=False, alpha=.5)), ('o2f', {}), ('o2f', dict(variant='paper', match='add', K=3)), ('o2f', dict(t=.3)),
          ('ala', {}), ('ala', dict(one_to_one=True)), ('ala', dict(variant='paper')), ('ala', dict(threshold=.7)), ('ala', dict(threshold=None)),
          ('ala', dict(parts='confidence', confidence='add', loc='exp_giou')), ('ala', dict(parts='weight', property='none')),
@@ -29,7 +31,9 @@ def batch(seed=0, counts=(4, 0, 2), offset=.5):
     xy = [rand(n, 2)*70 for n in counts]
     targets = [dict(boxes=torch.cat([p, p+6+rand(len(p), 2)*60], 1), labels=torch.randint(0, K, (len(p),), generator=g)) for p in xy]
     if counts[0] > 1: targets[0]['boxes'][1] = targets[0]['boxes'][0]
-    preds = Predictions(rand(B, P, K)*6-3, rand(B, P, 4)*60, points, per, rand(B, P)*4-2,
+    cls, dist, third = rand(B, P, K)*6-3, rand(B, P, 4)*60, rand(B, P)*4-2
+    more = made_up([dist.transpose(1, 2)[..., None]], [per[:, None]], (('bins', 68), ('coarse', 4)))   # one level of P rows, a stride a row
+    preds = Predictions(cls, dist, points, per, third, extras={k: x[0][..., 0].transpose(1, 2) for k, x in more.items()},
                         property_logits=rand(B, 2, *level_sizes(*SIZE, STRIDES)[0])*4-2, pooled=rand(B, len(STRIDES), 8))
     return preds, Objects.from_targets(targets)
 

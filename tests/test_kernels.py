@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from ala_nb import kernels
+from ala_nb.dense import made_up
 from ala_nb.losses import ClassTable, dense_negative
 from ala_nb.methods import available, build
 from ala_nb.pairs import Objects, Predictions, inside_pairs
@@ -29,7 +30,8 @@ def results(name, options, maps, targets, dtype=torch.float32):
     "Losses, weights and gradients; of the leaves and of the method's parameters."
     method = build(name, maps[0][0].shape[1], **options).to(dtype)
     leaves = [[x.detach().to(dtype).clone(memory_format=torch.preserve_format).requires_grad_() for x in m] for m in maps]
-    preds = Predictions.from_maps(leaves[0], leaves[1], leaves[2] if method.head.third else None, STRIDES, method.head.offset)
+    preds = Predictions.from_maps(leaves[0], leaves[1], leaves[2] if method.head.third else None, STRIDES, method.head.offset,
+                                  extras=made_up(leaves[1], STRIDES, method.head.reads))
     out = method(preds, Objects.from_targets([{k: v.to(dtype) if k == 'boxes' else v for k, v in t.items()} for t in targets]), .5)
     flat = [x for m in leaves for x in m] + list(method.parameters())
     grads = torch.autograd.grad(out.total, flat, allow_unused=True)

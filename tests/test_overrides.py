@@ -3,20 +3,22 @@ move, in float32 and in float64."""
 import importlib, inspect, os, sys
 import pytest, torch
 from torch import nn
+from ala_nb.dense import made_up
 from ala_nb.geometry import boxes_to_distances, grid_points, level_sizes
 from ala_nb.methods import build, Method
 from ala_nb.pairs import Objects, Pairs, Predictions
 
-MODULES = ['fcos', 'ciou_atss', 'autoassign', 'dw', 'o2f', 'ipb', 'opm', 'ps3', 'ala', 'defcn']
+MODULES = ['fcos', 'ciou_atss', 'autoassign', 'dw', 'o2f', 'ipb', 'opm', 'ps3', 'ala', 'defcn', 'gfl', 'vfnet']
 K, STRIDES = 3, (8, 16, 32)
 
 # what uses a function or a method: name of a method and options; without an entry, the module's first method as it is
-BUILD = dict(fcos=('fcos', {}), ciou_atss=('ciou_atss', {}), autoassign=('autoassign', {}), dw=('dw', {}), o2f=('o2f', {}), ipb=('ala', {}), opm=('ala', {}), ps3=('ala', {}), ala=('ala', {}), defcn=('poto', dict(aux='atss')))
+BUILD = dict(fcos=('fcos', {}), ciou_atss=('ciou_atss', {}), autoassign=('autoassign', {}), dw=('dw', {}), o2f=('o2f', {}), ipb=('ala', {}), opm=('ala', {}), ps3=('ala', {}), ala=('ala', {}), defcn=('poto', dict(aux='atss')),
+             gfl=('gflv2', dict(pred_weight=1.)), vfnet=('vfnet', dict(pred_weight=1.)))
 BUILD |= {
     'ciou_atss.weight_at': ('ciou_atss', dict(pred_weight='rising')),
     'o2f.match_one_to_one': ('poto', {}), 'o2f.POTO': ('poto', dict(aux='atss')), 'o2f.auxiliary_rule': ('poto', dict(aux='fcos')),
     'defcn.quality_topk': ('poto', dict(aux='topk')), 'defcn.near_center': ('poto', dict(aux='fcos')), 'defcn.anchor_atss': ('poto', dict(aux='anchor_atss')),
-    'defcn.HybridEpoch': ('hybrid', {}), 'ciou_atss.ATSS': ('atss', {}),
+    'defcn.HybridEpoch': ('hybrid', {}), 'ciou_atss.ATSS': ('atss', {}), 'gfl.GFL': ('gfl', dict(pred_weight=1.)),
     'ps3.propagated_label': ('ala', dict(strategy='pnlp')), 'ps3.latent_label': ('ala', dict(strategy='latent')), 'ps3.neighbors': ('ala', dict(strategy='pnlp')),
     'ala.ALA._paper': ('ala', dict(variant='paper')), 'autoassign.explicit_objectness': ('autoassign', dict(objectness='explicit')),
     **{f'dw.{n}': ('dw', dict(variant='paper')) for n in ('consistency', 'neg_probability')},
@@ -25,10 +27,12 @@ BUILD |= {
 EXCEPT = {
     'fcos.ascending': 'checks an option', 'dw.read_bag': 'checks an option', 'ciou_atss.check_weight': 'checks an option',
     'defcn.strongest': 'part of the head', 'defcn.dense_hybrid': 'the reference',
+    **dict.fromkeys(('gfl.bin_mean', 'gfl.distribution_statistics', 'vfnet.star_shifts'), 'the head uses it'),
+    **dict.fromkeys(('gfl.dense_gfl', 'gfl.dense_gflv2', 'vfnet.dense_vfnet'), 'the reference'),
     'ipb.map_iou': "the measure of ALA's Table II, no part of a loss"}
 UNREAD = 'location_scores', 'combine', 'scores', 'explain', 'over_candidates', 'dual_rule', 'coupled_rule'   # what ranks detections, and what explains weights: no loss reads them
 
-HEAD_PARTS = 'MaxFilter3d', 'FilteredBranch'      # they make predictions
+HEAD_PARTS = 'MaxFilter3d', 'FilteredBranch', 'Distribution', 'Statistics', 'StarConv', 'Scales', 'Star'      # they make predictions
 CONSTRUCTION = '__init__', '_set', 'add_prior'           # called before there is a loss
 
 def batch(dtype, seed=0):
@@ -43,7 +47,8 @@ def batch(dtype, seed=0):
     maps, at = [], 0
     for h, w in sizes: maps.append(reach[:, at:at+h*w].transpose(1, 2).reshape(2, 4, h, w)); at += h*w
     r = lambda c: [torch.randn(2, c, *s, generator=g).to(dtype) for s in sizes]
-    preds = Predictions.from_maps([x-1 for x in r(K)], [x.to(dtype) for x in maps], r(1), STRIDES,
+    maps = [x.to(dtype) for x in maps]
+    preds = Predictions.from_maps([x-1 for x in r(K)], maps, r(1), STRIDES, extras=made_up(maps, STRIDES, (('bins', 68), ('coarse', 4))),
         property_logits=torch.randn(2, 2, *sizes[0], generator=g).to(dtype), pooled=torch.randn(2, 3, 16, generator=g).to(dtype))
     targets = [dict(boxes=boxes[image == i].to(dtype), labels=labels[image == i]) for i in (0, 1)]
     return preds, Objects.from_targets(targets)
