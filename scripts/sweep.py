@@ -5,6 +5,7 @@
     python scripts/sweep.py short    --seeds 0 1 2 3 4   # the same in a minute a run: a smaller network, an easier set
     python scripts/sweep.py readings --seeds 0 1         # readings of ALA's equations, o2f's duplicates; 6 epochs
     python scripts/sweep.py one_to_one --seeds 0 1 2     # POTO with its parts, Hybrid-Epoch, o2f: short, too
+    python scripts/sweep.py heads --seeds 0 1 2          # GFL, GFLV2 and VFNet without and with Combined IoUs: short, too
     python scripts/sweep.py bccd --data DIR --seeds 0    # every method on a real set, ResNet-18 from scratch
     python scripts/sweep.py bccd16 --data DIR --seeds 0  # the same with the network in bfloat16
 
@@ -37,6 +38,7 @@ ONE_TO_ONE = [('poto', ''), ('poto', 'max_filter=True'), *(('poto', f'max_filter
     ('poto', AUX[0]), ('hybrid', ''), ('o2f', '')]                    # rows of o2f's Table 5
 TABLES = dict(
     one_to_one = ONE_TO_ONE,
+    heads = [(name, o) for name in ('gflv2', 'vfnet', 'gfl') for o in ('', 'pred_weight=1.0')],   # Combined IoUs' Table V
     methods = ALL + [('ala', "parts='confidence'"), ('o2f', 't_min=0.0'), ('o2f', 'alpha=0.5 t_min=0.0')],
     claims = list(dict.fromkeys(side for c in CLAIMS for side in (c.before, c.after))),
     readings = [('ala', o) for o in ALA_READINGS] + [('o2f', o) for o in O2F_READINGS]
@@ -44,7 +46,7 @@ TABLES = dict(
     bccd = ALL, bccd16 = ALL + [('ala', "parts='confidence'")])
 TABLES['short'] = TABLES['claims']
 FILES = dict(methods='shapes.csv', claims='claims.csv', readings='claims.csv', bccd='bccd.csv', bccd16='bccd_bf16.csv',
-             short='short.csv', one_to_one='one_to_one.csv')
+             short='short.csv', one_to_one='one_to_one.csv', heads='heads.csv')
 SHORT = '--epochs 6'.split()         # of claims and readings: both sides of a comparison have the same budget
 # 1,500 steps of four images: three of the shapes, plain, on 96 px, and the network of the snapshots
 SMALL = ("--train_images 1500 --val_images 300 --epochs 4 --batch_size 4 --lr 0.006 --eval_every 4 --eval_both true "
@@ -114,7 +116,7 @@ def main():
     results = Path(a.results)/FILES[a.table]
     results.parent.mkdir(parents=True, exist_ok=True)
     base = ['--data', a.data, '--val_split', a.split, *BCCD] if real else [] if a.table == 'methods' else SHORT
-    if a.table in ('short', 'one_to_one'): base = SMALL
+    if a.table in ('short', 'one_to_one', 'heads'): base = SMALL
     base = base + (BF16 if a.table == 'bccd16' else []) + extra
     for seed in a.seeds:
         for method, options in TABLES[a.table]:
