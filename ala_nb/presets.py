@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'RECIPE', 'PLAIN', 'DCN', 'NETS', 'MS', 'WIDE', 'PRESETS', 'TESTDEV', 'MSTEST', 'VOC', 'BOTH', 'C5',
-           'ANCHORS', 'LAST', 'AUX', 'RELU', 'CROWD', 'MANY', 'ADAM', 'between', 'Preset', 'merged', 'add',
-           'find_preset', 'preset_knobs', 'presets_table']
+           'ANCHORS', 'NO_BIAS', 'P7', 'LAST', 'AUX', 'RELU', 'CROWD', 'MANY', 'ADAM', 'between', 'Preset', 'merged',
+           'add', 'find_preset', 'preset_knobs', 'presets_table']
 
 # %% ../nbs/21_presets.ipynb #p002
 import difflib, json
@@ -112,6 +112,17 @@ for net,schedule,ap,atss in (('r50','1x','40.3','39.2'), ('r50_dcn','1x','44.4',
 for net,ap in dict(x101='45.6', x101_dcn='47.7').items():
     add(f'atss_{net}_2x_ms', 'ATSS, in AutoAssign, Table 6', f'{ap} test-dev', net, '2x', 'atss', None, ANCHORS, MS,
         needs=TESTDEV)
+
+# %% ../nbs/21_presets.ipynb #p033b
+NO_BIAS = dict(warmup=500, detector_options=dict(head_options=dict(tower_bias=False)))
+P7 = dict(detector_options=dict(p7_relu=False))
+for name,method,options,ap in (('gflv2','gflv2',None,'40.6'), ('gflv2_ciou','gflv2',dict(pred_weight=1.),'41.1'),
+                               ('vfnet','vfnet',None,'41.3'), ('vfnet_ciou','vfnet',dict(pred_weight=1.),'41.6')):
+    more = dict(detector_options=dict(head_convs=3)) if method == 'vfnet' else P7
+    add(f'{name}_r50_1x', 'Combined IoUs, Table V', f'{ap} val', 'r50', '1x', method, options, NO_BIAS, more)
+for net,ap in dict(r101='45.0', r101_dcn='47.3').items():
+    add(f'gfl_{net}_2x_ms', 'GFL, in Combined IoUs, Table IV', f'{ap} test-dev', net, '2x', 'gfl', None, NO_BIAS, P7,
+        MS, needs=TESTDEV)
 
 # %% ../nbs/21_presets.ipynb #p035
 LAST = dict(detector_options=dict(head_options=dict(deform_last=True)))

@@ -234,10 +234,10 @@ III | predicted 1, anchor 1.5 | 39.51 | ciou_atss anchor_weight=1.5 HARD
 III | predicted rising, anchor 1 | 39.22 | ciou_atss pred_weight='rising' HARD
 III | predicted 1, anchor falling | 35.05 | ciou_atss anchor_weight='falling' HARD
 III | predicted rising, anchor falling | 35.64 | ciou_atss pred_weight='rising' anchor_weight='falling' HARD
-V | GFLV2 | 40.6 | – GFLV2
-V | GFLV2 with Combined IoUs | 41.1 | – GFLV2
-V | VFNet | 41.3 | – VFNet
-V | VFNet with Combined IoUs | 41.6 | – VFNet"""
+V | GFLV2 | 40.6 | gflv2
+V | GFLV2 with Combined IoUs | 41.1 | gflv2 pred_weight=1.0
+V | VFNet | 41.3 | vfnet
+V | VFNet with Combined IoUs | 41.6 | vfnet pred_weight=1.0"""
 
 # %% ../nbs/20_tables.ipynb #t_rows1d
 ROWS['DW'] = """
