@@ -162,3 +162,14 @@ def test_a_method_without_factors_and_an_object_without_candidates(browser, tmp_
     assert 'no candidate' in p.inner_text('.bars') and p.is_disabled('#moment') and p.get_attribute('#moment', 'title')
     p.evaluate("microscope.obj = 1; microscope.draw()"); assert p.query_selector_all('#picture .disc') and not p.said
     p.context.close()
+
+def test_a_location_that_is_no_candidate_has_its_reason(page):
+    for method, why in (('fcos', '1.5 strides'), ('o2f', '1.5 strides'), ('atss', 'the 9 locations'), ('ala', 'inside the box')):
+        choose(page, method); box = page.query_selector('#picture').bounding_box()
+        page.mouse.move(box['x']+4, box['y']+4); said = page.inner_text('#sentence')
+        assert 'no candidate of the' in said and why in said and 'outside its box' in said, said
+        assert float(page.get_attribute('#picture .here', 'r')) > 0
+    choose(page, 'fcos'); page.evaluate("microscope.level = 0; microscope.draw()")
+    x, y = page.evaluate("(() => { const [a, b] = [microscope.data.images[microscope.image].objects[microscope.obj].box, document.querySelector('#picture').getScreenCTM()]; return [b.a*(a[0]+2)+b.e, b.d*(a[3]-2)+b.f]; })()")
+    page.mouse.move(x, y); assert 'inside its box' in page.inner_text('#sentence')
+    page.mouse.move(box['x']-5, box['y']-5); assert page.inner_text('#sentence').startswith('The heaviest')

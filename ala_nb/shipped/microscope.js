@@ -317,6 +317,8 @@ class Microscope {
       const names = main ? this.names : this.computed(method), name = data.methods[method].name;
       const svg = this.picture(method, names.pos, {label: `${name}: positive weights of the candidates; arrow keys move between them, another object is chosen by click`});
       svg.addEventListener('click', ev => this.pick(ev, svg));
+      for (const kind of ['pointermove', 'pointerdown']) svg.addEventListener(kind, ev => { if (main && !ev.target.classList.contains('ring')) this.aside(ev, svg); });
+      svg.addEventListener('pointerleave', () => { if (main) { this.tell(); this.mark(); } });
       if (main) { svg.setAttribute('tabindex', 0); svg.setAttribute('role', 'application'); svg.id = 'picture'; svg.addEventListener('keydown', ev => this.key(ev)); svg.addEventListener('focus', () => { if (this.focus === null) this.look(this.method, this.best()); }); }
       const w = this.mine(method).map(e => names.pos[e]), total = sum(w);
       return node('figure', {}, svg, node('figcaption', {}, `${name}, ${data.methods[method].moments[this.at(method)].label}: ${w.filter(x => x > 0).length} of ${count(w.length)} with a weight, ${number(total)} in all`));
@@ -353,6 +355,27 @@ class Microscope {
     const hit = this.data.images[this.image].objects.map((o, j) => [o.box, j]).filter(([b]) => b[0] <= x && x <= b[2] && b[1] <= y && y <= b[3])
       .sort(([a], [b]) => (a[2]-a[0])*(a[3]-a[1]) - (b[2]-b[0])*(b[3]-b[1]))[0];
     if (hit && hit[1] !== this.obj) { this.obj = hit[1]; this.line = null; this.focus = null; this.draw(); }
+  }
+
+  // a location that is no candidate of the object: the nearest one of the chosen level, or of the finest that has one here
+  outside(x, y) {
+    const im = this.data.images[this.image], p = this.data.pairs(this.method, this.at(this.method), this.image), taken = new Set(this.bag.map(e => p.loc[e])), o = im.offset;
+    for (const [l, {start, columns, stride}] of im.levels.entries()) {
+      if (this.level >= 0 && l !== this.level) continue;
+      const rows = Math.ceil(im.height/stride), c = Math.min(Math.max(Math.round(x/stride-o), 0), columns-1), r = Math.min(Math.max(Math.round(y/stride-o), 0), rows-1), q = this.place(start+r*columns+c);
+      if (!taken.has(start+r*columns+c)) return q;
+    }
+    return null;
+  }
+  aside(event, svg) {
+    const m = svg.getScreenCTM(); if (!m) return;
+    const q = this.outside((event.clientX-m.e)/m.a, (event.clientY-m.f)/m.d); if (!q) return;
+    const method = this.data.methods[this.method], object = this.data.images[this.image].objects[this.obj], [x1, y1, x2, y2] = object.box, what = this.data.classes[object.label] ?? 'object';
+    const inside = q.x > x1 && q.x < x2 && q.y > y1 && q.y < y2;
+    this.sentence.textContent = `This location (x ${number(q.x)}, y ${number(q.y)}, stride ${q.stride} px) is no candidate of the ${what}: it lies ${inside ? 'inside' : 'outside'} its box`
+      + (method.rule ? `, and ${method.name} looks only at ${method.rule}.` : '.') + ` For the ${what} it is background, with negative weight 1, unless another object takes it.`;
+    this.focus = null; this.mark(); const here = svg.querySelector('.here');
+    for (const [k, v] of Object.entries({cx: q.x, cy: q.y, r: .44*q.stride})) here?.setAttribute(k, v);
   }
 
   best() { const k = this.names[this.data.measure(this.method)], b = this.visible(); return b.length ? b.reduce((a, e) => this.names.pos[e] > this.names.pos[a] || this.names.pos[e] === this.names.pos[a] && k[e] > k[a] ? e : a, b[0]) : null; }
