@@ -472,7 +472,7 @@ class PropertyBranch(nn.Module):
         return F.conv2d(self.lateral(fine), ours, self.mix.bias) + enlarged
 
 # %% ../nbs/05_detector.ipynb #c039a
-ORDER = 'tower', 'box', 'refine', 'cls', 'third_part', 'filter', 'extra' # of computing
+ORDER = 'tower', 'box', 'refine', 'cls', 'filter', 'third_part', 'extra' # of computing
 
 @dataclasses.dataclass
 class Level:

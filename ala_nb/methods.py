@@ -24,10 +24,10 @@ from .losses import ClassTable, focal_positive, focal_negative
 # slot -> name of a part -> 'module:Class'; a part of one's own is named 'package.module:Class'
 PARTS = dict(tower=dict(plain='ala_nb.detector:Towers'), cls=dict(plain='ala_nb.detector:Classes'),
              box=dict(plain='ala_nb.detector:Distances', distribution='ala_nb.gfl:Distribution'),
-             third_part=dict(plain='ala_nb.detector:ThirdBranch', max3d='ala_nb.defcn:FilteredBranch',
+             third_part=dict(plain='ala_nb.detector:ThirdBranch',
                              statistics='ala_nb.gfl:Statistics'),
              refine=dict(deform='ala_nb.detector:BoundaryPoints', bilinear='ala_nb.detector:BoundaryPoints', star='ala_nb.vfnet:Star'),
-             filter=dict(), extra=dict(property='ala_nb.detector:Property', pooled='ala_nb.detector:Pooled'))
+             filter=dict(max3d='ala_nb.defcn:MaxFilter'), extra=dict(property='ala_nb.detector:Property', pooled='ala_nb.detector:Pooled'))
 
 def check_part(slot:str, name):
     "`InputError` unless this is the name of a part of the slot, or has the form of an address."
@@ -59,7 +59,7 @@ class HeadSpec:
     box:str = 'plain'
     third_part:str = 'plain'     # what makes the third branch, if there is one
     refine:Optional[str] = None  # of the box: 'deform', 'bilinear' (DW, Eqs. 9-10) or None
-    filter:Optional[str] = None  # looks at all levels together
+    filter:Optional[str] = None  # of what the third branch reads, over all levels: 'max3d' (DeFCN) or None
     extra:tuple = ()             # further parts, names as above
     # slot (of an extra part: its name) -> options of the part's constructor
     options:dict = dataclasses.field(default_factory=dict, hash=False)

@@ -98,9 +98,9 @@ class POTO(Method):
     ):
         if max_filter and not use_objectness: raise InputError(
             'max_filter: it filters what the objectness branch sees; leave use_objectness=True')
-        third, part = 'objectness' if use_objectness else None, 'max3d' if max_filter else 'plain'
+        third = 'objectness' if use_objectness else None
         super().__init__(num_classes, HeadSpec(cls_prior=.01, box_activation='relu', box_bias=1., third=third,
-                                               third_part=part, third_convs=third_convs))
+                                               third_convs=third_convs, filter='max3d' if max_filter else None))
         self.aux = None if aux is None else auxiliary_rule(aux, aux_options)
         if aux_options and aux is None: raise InputError('aux_options: given without aux; name a rule: ' +
                                                          ', '.join(AUXILIARY))

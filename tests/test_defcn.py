@@ -129,7 +129,7 @@ def test_filter_sees_the_neighbouring_level_and_a_plain_branch_does_not():
 
 def test_any_method_with_a_third_branch_takes_the_filter():
     for method in ('o2f', 'fcos', 'dw'):
-        model = small(method, {}, head_options=dict(third_part='max3d')); images, targets = batch()
+        model = small(method, {}, head_options=dict(filter='max3d')); images, targets = batch()
         sum(model(images, targets).values()).backward(); assert model.head.max3d.conv.weight.grad.any()
 
 # ---- Hybrid-Epoch

@@ -32,7 +32,7 @@ EXCEPT = {
     'ipb.map_iou': "the measure of ALA's Table II, no part of a loss"}
 UNREAD = 'location_scores', 'combine', 'scores', 'explain', 'over_candidates', 'dual_rule', 'coupled_rule'   # what ranks detections, and what explains weights: no loss reads them
 
-HEAD_PARTS = 'MaxFilter3d', 'FilteredBranch', 'Distribution', 'Statistics', 'StarConv', 'Scales', 'Star'      # they make predictions
+HEAD_PARTS = 'MaxFilter3d', 'MaxFilter', 'Distribution', 'Statistics', 'StarConv', 'Scales', 'Star'      # they make predictions
 CONSTRUCTION = '__init__', '_set', 'add_prior'           # called before there is a loss
 
 def batch(dtype, seed=0):
