@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from .geometry import InputError
 from .files import parse_pair
-from .methods import build, finished_runs, mean_runs
+from .methods import available, build, finished_runs, mean_runs
 from .ipb import map_iou
 from .data import eval_transforms, load_dataset, make_loader
 from .detector import Detector, top_scores
@@ -276,9 +276,9 @@ ROWS['o2f'] = """
 6 | POTO + 3DMF + Aux, ResNet-101, 1× and 3× | 39.8, 42.7 | poto max_filter=True aux='atss'
 7 | POTO + 3DMF + Aux, Swin-T, 1× and 3× | 41.8, 44.8 | poto max_filter=True aux='atss'
 8 | POTO + 3DMF + Aux (miss rate in %) | 49.6 | poto max_filter=True aux='atss'
-9 | CondInst, 1× and 3× (mask AP) | 35.4, 38.1 | – CondInst
-9 | CondInst, POTO | 32.8, 36.1 | – CondInst
-9 | CondInst, o2f | 35.9, 38.0 | – CondInst
+9 | CondInst, 1× and 3× (mask AP) | 35.4, 38.1 | condinst
+9 | CondInst, POTO | 32.8, 36.1 | condinst_poto
+9 | CondInst, o2f | 35.9, 38.0 | condinst_o2f
 2 – 5 | o2f | 39.0 | o2f"""
 
 # %% ../nbs/20_tables.ipynb #t_rows2
@@ -294,11 +294,12 @@ class Row:
 def read_rows(
     papers:dict=ROWS, # name of the paper -> its lines
 )->list: # of Row
-    "The papers' ablations."
+    "The papers' ablations; a method that `build` does not know is missing."
     def one(paper, line):
         table, row, ap, how = line.split(' | ')
         if how.startswith('– '): return Row(paper, table, row, ap, '', None, how[2:])
         method, _, options = how.replace('HARD', HARD).partition(' ')
+        if method not in available(): return Row(paper, table, row, ap, '', None, f'the method {method}')
         command = f'--method {method}' + (f' --method_options {options}' if options else '')
         return Row(paper, table, row, ap, command, (method, options))
     return [one(paper, line) for paper,lines in papers.items() for line in lines.strip().splitlines()]

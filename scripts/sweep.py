@@ -44,7 +44,7 @@ TABLES = dict(
     readings = [('ala', o) for o in ALA_READINGS] + [('o2f', o) for o in O2F_READINGS]
              + [('fcos', ''), ('fcos', 'ranges=None'), ('ciou_atss', ''), ('ciou_atss', 'anchor_weight=0')],
     bccd = ALL, bccd16 = ALL + [('ala', "parts='confidence'")])
-TABLES['short'] = TABLES['claims']
+TABLES['short'] = TABLES['claims'] + [('ala', f"losses='HN' without_soft='{x}'") for x in ('silent', 'positive')]
 FILES = dict(methods='shapes.csv', claims='claims.csv', readings='claims.csv', bccd='bccd.csv', bccd16='bccd_bf16.csv',
              short='short.csv', one_to_one='one_to_one.csv', heads='heads.csv')
 SHORT = '--epochs 6'.split()         # of claims and readings: both sides of a comparison have the same budget
