@@ -16,7 +16,8 @@ from .pairs import Predictions, Pairs, nearest_pairs
 from .losses import ClassTable, focal_negative, log_joint, log_not_joint, scores, normalizer
 from .methods import Method, HeadSpec, Assignment, in_range
 from .detector import Level, Numbers, Part, Plan, precise
-from .ciou_atss import (EPSILON, RULE, anchor_iou, assign_adaptive, check_weight, giou_loss, predicted_iou, weight_at)
+from .ciou_atss import (EPSILON, RULE, anchor_iou, assign_adaptive, check_weight, giou_loss, predicted_iou,
+                              weight_at)
 from .dense import anchors_iou, dense_atss_positives, dense_images
 
 # %% ../nbs/25_gfl.ipynb #g005
@@ -64,7 +65,8 @@ def quality_class_loss(
     pos:Tensor,        # (E,) 1 at positives, 0 elsewhere
     target:Tensor,     # (E,) IoU
     n:Tensor,          # 0-dim divisor
-    preds:Predictions=None, obj_at:Tensor=None, # whose `obj_logits` are the quality, and (E,) it at the pairs; None: the class alone
+    preds:Predictions=None, # whose `obj_logits` are the quality
+    obj_at:Tensor=None,     # (E,) the quality at the pairs; None: the class alone
     beta:float=2.,
 )->Tensor: # 0-dim
     "Quality focal loss of all locations and classes."
@@ -78,7 +80,8 @@ def best_scores(
     obj_logits:Tensor=None, # (B, P) quality that multiplies the class score
 )->Tensor: # (E,) 0 ... 1, no gradient
     "Largest score over the classes at each pair's location."
-    best = torch.cat([b.detach().amax(1 if first else 2) for b,first in zip(preds.cls_blocks, preds.class_first)], 1)
+    blocks = zip(preds.cls_blocks, preds.class_first)
+    best = torch.cat([b.detach().amax(1 if first else 2) for b,first in blocks], 1)
     both = best.sigmoid() if obj_logits is None else best.sigmoid()*obj_logits.detach().sigmoid()
     return both.flatten().index_select(0, pairs.cell)
 
@@ -96,13 +99,17 @@ class GFL(Method):
         beta:float=2.,        # β of the quality focal loss
         bins:int=16,          # largest distance, strides, paper's n
     ):
-        in_range('k', k, 1, 1e6); in_range('anchor_scale', anchor_scale, 1e-3, 1e3); in_range('beta', beta, 0, 10)
-        in_range('box_weight', box_weight, 0, 1e3); in_range('dfl_weight', dfl_weight, 0, 1e3); in_range('bins', bins, 2, 1000)
-        super().__init__(num_classes, HeadSpec(offset=0., cls_prior=.01, box='distribution', options=dict(box=dict(bins=bins)),
-                                               reads=(('bins', 4*(bins+1)),)))
-        self.anchor_weight, self.pred_weight = check_weight('anchor_weight', anchor_weight), check_weight('pred_weight', pred_weight)
-        if anchor_weight == pred_weight == 0: raise InputError("anchor_weight, pred_weight: both 0; at least one overlap must count")
-        self.k, self.anchor_scale, self.box_weight, self.dfl_weight, self.beta = k, anchor_scale, box_weight, dfl_weight, beta
+        in_range('k', k, 1, 1e6); in_range('anchor_scale', anchor_scale, 1e-3, 1e3)
+        in_range('box_weight', box_weight, 0, 1e3); in_range('dfl_weight', dfl_weight, 0, 1e3)
+        in_range('beta', beta, 0, 10); in_range('bins', bins, 2, 1000)
+        super().__init__(num_classes, HeadSpec(offset=0., cls_prior=.01, box='distribution',
+            options=dict(box=dict(bins=bins)), reads=(('bins', 4*(bins+1)),)))
+        self.anchor_weight = check_weight('anchor_weight', anchor_weight)
+        self.pred_weight = check_weight('pred_weight', pred_weight)
+        if anchor_weight == pred_weight == 0:
+            raise InputError("anchor_weight, pred_weight: both 0; at least one overlap must count")
+        self.k, self.anchor_scale, self.beta = k, anchor_scale, beta
+        self.box_weight, self.dfl_weight = box_weight, dfl_weight
 
 # %% ../nbs/25_gfl.ipynb #g025
 @patch
@@ -130,10 +137,11 @@ def assign(self:GFL, preds, objects, progress):
     n, n_box = self.divisors(pairs, pos, strength)
     cls = quality_class_loss(table, pos, iou, n, preds, pairs.third(preds) if joint else None, self.beta)
     dfl = distribution_loss(pairs.gather(preds.extras['bins'].transpose(1, 2)).t(), targets)
-    losses = dict(loss_cls=cls, loss_reg=self.box_weight*(strength*giou_loss(dist, targets, True)).sum()/(n_box*(1+EPSILON)),
-                  loss_dfl=self.dfl_weight*(strength*dfl).sum()/(n_box*(1+EPSILON/4)))
-    return Assignment(losses, pairs, dict(pos=pos, neg=1-pos, target=iou*pos, quality=strength, overlap=sum(overlaps)),
-                      lambda: self.explain(preds, pairs, dist, progress))
+    box = (strength*giou_loss(dist, targets, True)).sum()/(n_box*(1+EPSILON))
+    sides = (strength*dfl).sum()/(n_box*(1+EPSILON/4))
+    losses = dict(loss_cls=cls, loss_reg=self.box_weight*box, loss_dfl=self.dfl_weight*sides)
+    weights = dict(pos=pos, neg=1-pos, target=iou*pos, quality=strength, overlap=sum(overlaps))
+    return Assignment(losses, pairs, weights, lambda: self.explain(preds, pairs, dist, progress))
 
 # %% ../nbs/25_gfl.ipynb #g026
 @patch
@@ -141,10 +149,13 @@ def explain(self:GFL, preds, pairs, dist, progress):
     "Factors, formulas and constants behind the weights."
     joint = preds.obj_logits if self.head.third else None
     factors = dict(anchor_iou=anchor_iou(pairs, self.anchor_scale), inside=pairs.targets.amin(-1),
-                   iou=predicted_iou(dist, pairs.targets/pairs.stride[:,None]), best_score=best_scores(preds, pairs, joint))
+                   iou=predicted_iou(dist, pairs.targets/pairs.stride[:,None]),
+                   best_score=best_scores(preds, pairs, joint))
     w = {k: weight_at(getattr(self, k), progress) for k in ('anchor_weight','pred_weight')}
-    parts = [f'{k}*{x}' for k,x in (('anchor_weight','anchor_iou'), ('pred_weight','iou')) if getattr(self, k) != 0]
-    formula = dict(overlap=' + '.join(parts), threshold=' + '.join(f'mean({x}) + std({x}, 1)' for x in parts), **RULE,
+    kinds = dict(anchor_weight='anchor_iou', pred_weight='iou')
+    parts = [f'{k}*{x}' for k,x in kinds.items() if getattr(self, k) != 0]
+    threshold = ' + '.join(f'mean({x}) + std({x}, 1)' for x in parts)
+    formula = dict(overlap=' + '.join(parts), threshold=threshold, **RULE,
                    target='iou*pos', quality='best_score*pos')
     return factors, formula, dict(margin=.01, **w)
 
@@ -162,9 +173,11 @@ class Statistics(Part):
     def __init__(self, plan:Plan, topk:int=4, hidden:int=64):
         super().__init__(plan)
         in_range('topk', topk, 1, 1000); self.topk = topk
-        self.quality = nn.Sequential(nn.Conv2d(4*(topk+1), hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, 1, 1))
+        layers = nn.Conv2d(4*(topk+1), hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, 1, 1)
+        self.quality = nn.Sequential(*layers)
     def level(self, at:Level):
-        if 'bins' not in at.extras: raise InputError("third_part: 'statistics' reads a distribution; give the head box='distribution'")
+        if 'bins' not in at.extras:
+            raise InputError("third_part: 'statistics' reads a distribution; give the head box='distribution'")
         with precise(at): z = distribution_statistics(at.extras['bins'], self.topk)
         at.third = self.quality(z.to(at.where.dtype))
 
@@ -186,10 +199,10 @@ def dense_gfl(method, preds, objects, progress=.5):
     "GFL and GFLV2, image by image, as matrices."
     cls, box, dfl, n, weight = 0., 0., 0., 0., 0.
     for i,d in enumerate(dense_images(preds, objects)):
-        iou = giou_loss(d.pred/d.strides[...,None], d.targets/d.strides[...,None], True)
-        one, giou = d.iou.detach(), iou
-        pos = dense_atss_positives(preds, d, [w*x for w,x in ((weight_at(method.anchor_weight, progress), anchors_iou(d, method.anchor_scale)),
-                                                             (weight_at(method.pred_weight, progress), one)) if w], method.k)
+        giou, one = giou_loss(d.pred/d.strides[...,None], d.targets/d.strides[...,None], True), d.iou.detach()
+        overlaps = method.anchor_weight, anchors_iou(d, method.anchor_scale), method.pred_weight, one
+        overlaps = [weight_at(w, progress)*x for w,x in (overlaps[:2], overlaps[2:]) if w != 0]
+        pos = dense_atss_positives(preds, d, overlaps, method.k)
         score = preds.cls_logits[i].sigmoid()                            # (P, K)
         if method.head.third: score = score*d.third.sigmoid()
         target = torch.zeros_like(score); at, who = pos.nonzero(as_tuple=True)
@@ -201,7 +214,8 @@ def dense_gfl(method, preds, objects, progress=.5):
         steps = torch.arange(bins.shape[2]).to(y)
         hat = (1-(steps-y[...,None]).abs()).clamp(min=0)                 # what the distribution should be
         cls = cls - ((target-score).abs()**method.beta*entropy).sum()
-        box = box + (strength*giou[at, who]).sum(); dfl = dfl - (strength*(hat*bins[at].log()).sum(2).mean(1)).sum()
+        box = box + (strength*giou[at, who]).sum()
+        dfl = dfl - (strength*(hat*bins[at].log()).sum(2).mean(1)).sum()
         n, weight = n + max(1, int(pos.sum())), weight + strength.sum()
     weight = weight.clamp(min=1)
     return cls/n + method.box_weight*box/weight + method.dfl_weight*dfl/weight

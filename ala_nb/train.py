@@ -234,7 +234,7 @@ def as_options(value):
 # What papers give in pixels for images of 800 px, fitted to the three levels and the 10 - 96 px objects of `shapes`.
 SHAPES_METHODS = dict(fcos=dict(ranges=(24,48)), atss=dict(anchor_scale=4.), ciou_atss=dict(anchor_scale=4.),
                       hybrid=dict(many_options=dict(ranges=(24,48))), # of its FCOS
-                      gfl=dict(anchor_scale=4.), gflv2=dict(anchor_scale=4.), vfnet=dict(anchor_scale=4.),
+                      gfl=dict(anchor_scale=4.), gflv2=dict(anchor_scale=4.), vfnet=dict(anchor_scale=4., reach=3.),
                       ala=dict(blur_radius=0))     # a blur of 3 cells for 800 px is half a cell for 128
 
 def recipe(

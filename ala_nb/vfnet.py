@@ -16,16 +16,18 @@ from .pairs import nearest_pairs
 from .losses import ClassTable, focal_negative, varifocal_positive, normalizer
 from .methods import Method, HeadSpec, Assignment, in_range
 from .detector import EXP_MAX, Level, Part, Plan, full, precise
-from .ciou_atss import (EPSILON, RULE, anchor_iou, assign_adaptive, check_weight, giou_loss, predicted_iou, weight_at)
+from .ciou_atss import (EPSILON, RULE, anchor_iou, assign_adaptive, check_weight, giou_loss, predicted_iou,
+                              weight_at)
 from .dense import anchors_iou, dense_atss_positives, dense_images
 
 # %% ../nbs/26_vfnet.ipynb #v005
 def star_shifts(
     distances:Tensor, # (B, 4, H, W) cells: left, top, right, bottom
 )->Tensor: # (B, 18, H, W) y and x of each of nine points, less the point's usual cell
-    "Shifts that make a 3x3 convolution read at a box's corners, the middles of its sides, and its location (VFNet)."
+    "Shifts that make a 3x3 convolution read at a box's corners, side middles and location (VFNet)."
     l, t, r, b = distances.unbind(1); zero = torch.zeros_like(l)
-    return torch.stack([s for y,i in ((-t,-1), (zero,0), (b,1)) for x,j in ((-l,-1), (zero,0), (r,1)) for s in (y-i, x-j)], 1)
+    rows, columns = ((-t,-1), (zero,0), (b,1)), ((-l,-1), (zero,0), (r,1))
+    return torch.stack([s for y,i in rows for x,j in columns for s in (y-i, x-j)], 1)
 
 # %% ../nbs/26_vfnet.ipynb #v011
 class StarConv(nn.Conv2d):
@@ -43,12 +45,16 @@ class Scales(nn.Module):
         self.factor = nn.Parameter(torch.ones(n))
 
 class Star(Part):
-    "Refinement: box and class features read at nine points of the coarse box, which are corrected by what is read (VFNet)."
+    "Refinement: reads box and class features at nine points of the coarse box and corrects it (VFNet)."
     def __init__(self, plan:Plan, slope:float=.1): # share of the gradient that goes through the points
         super().__init__(plan)
         self.slope = in_range('slope', slope, 0, 1)
         self.box_star, self.cls_star = StarConv(plan.channels), StarConv(plan.channels)
-        self.correct, self.correct_scales = nn.Conv2d(plan.channels, 4, 3, padding=1), Scales(len(plan.strides))
+        self.correct = nn.Conv2d(plan.channels, 4, 3, padding=1)
+        self.correct_scales = Scales(len(plan.strides))
+    def start(self): # as mmdetection: no normalisation follows; deviation 0.01 would leave a narrow head nearly silent
+        for star in (self.box_star, self.cls_star):
+            nn.init.kaiming_uniform_(star.weight, nonlinearity='relu')
     def level(self, at:Level):
         coarse = at.extras['coarse'] = at.distances
         with precise(at): shifts = star_shifts(((1-self.slope)*coarse.detach() + self.slope*coarse)/at.stride)
@@ -70,15 +76,19 @@ class VFNet(Method):
         coarse_weight:float=1.5, box_weight:float=2., # of the GIoU losses of both boxes
         alpha:float=.75, gamma:float=2., # α and γ of the varifocal loss's negatives
         slope:float=.1,       # share of the gradient that goes through the star's points
+        reach:float=8.,       # strides from a location to the sides of a new network's coarse box
     ):
-        in_range('k', k, 1, 1e6); in_range('anchor_scale', anchor_scale, 1e-3, 1e3); in_range('alpha', alpha, 0, 100); in_range('gamma', gamma, 0, 10)
+        in_range('k', k, 1, 1e6); in_range('anchor_scale', anchor_scale, 1e-3, 1e3)
+        in_range('alpha', alpha, 0, 100); in_range('gamma', gamma, 0, 10)
         in_range('coarse_weight', coarse_weight, 0, 1e3); in_range('box_weight', box_weight, 0, 1e3)
-        super().__init__(num_classes, HeadSpec(offset=0., cls_prior=.01, box_convs=1, box_unit=8., refine='star',
-                                               options=dict(refine=dict(slope=slope)), reads=(('coarse',4),)))
-        self.anchor_weight, self.pred_weight = check_weight('anchor_weight', anchor_weight), check_weight('pred_weight', pred_weight)
-        if anchor_weight == pred_weight == 0: raise InputError("anchor_weight, pred_weight: both 0; at least one overlap must count")
-        self.k, self.anchor_scale, self.coarse_weight, self.box_weight = k, anchor_scale, coarse_weight, box_weight
-        self.alpha, self.gamma = alpha, gamma
+        super().__init__(num_classes, HeadSpec(offset=0., cls_prior=.01, box_convs=1, refine='star',
+            reads=(('coarse',4),), box_unit=in_range('reach', reach, .01, 1000), options=dict(refine=dict(slope=slope))))
+        self.anchor_weight = check_weight('anchor_weight', anchor_weight)
+        self.pred_weight = check_weight('pred_weight', pred_weight)
+        if anchor_weight == pred_weight == 0:
+            raise InputError("anchor_weight, pred_weight: both 0; at least one overlap must count")
+        self.k, self.anchor_scale, self.alpha, self.gamma = k, anchor_scale, alpha, gamma
+        self.coarse_weight, self.box_weight = coarse_weight, box_weight
 
 # %% ../nbs/26_vfnet.ipynb #v016
 def quality_box_loss(
@@ -110,8 +120,8 @@ def assign(self:VFNet, preds, objects, progress):
     yes, no = varifocal_positive(table.logits, iou), self.alpha*focal_negative(table.logits, gamma=self.gamma)
     cls = table.negatives(None, self.alpha/n, self.gamma) + (pos*(yes-no)).sum()/n
     losses = dict(loss_cls=cls, loss_coarse=self.coarse_weight*first, loss_reg=self.box_weight*last)
-    return Assignment(losses, pairs, dict(pos=pos, neg=1-pos, target=iou, quality=iou, coarse=iou_coarse, overlap=sum(overlaps)),
-                      lambda: self.explain(pairs, coarse, dist, progress))
+    weights = dict(pos=pos, neg=1-pos, target=iou, quality=iou, coarse=iou_coarse, overlap=sum(overlaps))
+    return Assignment(losses, pairs, weights, lambda: self.explain(pairs, coarse, dist, progress))
 
 # %% ../nbs/26_vfnet.ipynb #v017
 @patch
@@ -120,8 +130,10 @@ def explain(self:VFNet, pairs, coarse, dist, progress):
     factors = dict(anchor_iou=anchor_iou(pairs, self.anchor_scale), inside=pairs.targets.amin(-1),
                    iou=predicted_iou(dist, pairs.targets), coarse_iou=predicted_iou(coarse, pairs.targets))
     w = {k: weight_at(getattr(self, k), progress) for k in ('anchor_weight','pred_weight')}
-    parts = [f'{k}*{x}' for k,x in (('anchor_weight','anchor_iou'), ('pred_weight','iou')) if getattr(self, k) != 0]
-    formula = dict(overlap=' + '.join(parts), threshold=' + '.join(f'mean({x}) + std({x}, 1)' for x in parts), **RULE,
+    kinds = dict(anchor_weight='anchor_iou', pred_weight='iou')
+    parts = [f'{k}*{x}' for k,x in kinds.items() if getattr(self, k) != 0]
+    threshold = ' + '.join(f'mean({x}) + std({x}, 1)' for x in parts)
+    formula = dict(overlap=' + '.join(parts), threshold=threshold, **RULE,
                    target='max(iou, 1e-6)*pos', quality='target', coarse='max(coarse_iou, 1e-6)*pos')
     return factors, formula, dict(margin=.01, **w)
 
@@ -130,14 +142,17 @@ def dense_vfnet(method, preds, objects, progress=.5):
     "VFNet, image by image, as matrices."
     cls, n, losses, sums = 0., 0., [0., 0.], [0., 0.]
     for i,d in enumerate(dense_images(preds, objects)):
-        pos = dense_atss_positives(preds, d, [w*x for w,x in ((weight_at(method.anchor_weight, progress), anchors_iou(d, method.anchor_scale)),
-                                                             (weight_at(method.pred_weight, progress), d.iou.detach())) if w], method.k)
+        overlaps = method.anchor_weight, anchors_iou(d, method.anchor_scale), method.pred_weight, d.iou.detach()
+        overlaps = [weight_at(w, progress)*x for w,x in (overlaps[:2], overlaps[2:]) if w != 0]
+        pos = dense_atss_positives(preds, d, overlaps, method.k)
         at, who = pos.nonzero(as_tuple=True)
         for j,boxes in enumerate((preds.extras['coarse'][i], preds.distances[i])):
             iou = predicted_iou(boxes[at].detach(), d.targets[at, who]).clamp(min=1e-6)
-            losses[j] = losses[j] + (iou*giou_loss(boxes[at], d.targets[at, who], True)).sum(); sums[j] = sums[j] + iou.sum()
+            losses[j] = losses[j] + (iou*giou_loss(boxes[at], d.targets[at, who], True)).sum()
+            sums[j] = sums[j] + iou.sum()
         x = preds.cls_logits[i]; target = torch.zeros_like(x); target[at, d.labels[who]] = iou
         weight = torch.where(target > 0, target, method.alpha*x.sigmoid()**method.gamma)
-        cls, n = cls + (weight*F.binary_cross_entropy_with_logits(x, target, reduction='none')).sum(), n + len(at)
+        cross = F.binary_cross_entropy_with_logits(x, target, reduction='none')
+        cls, n = cls + (weight*cross).sum(), n + len(at)
     first, last = (a/b.clamp(min=1) for a,b in zip(losses, sums))
     return cls/max(n, 1) + method.coarse_weight*first + method.box_weight*last
