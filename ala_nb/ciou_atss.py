@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPSILON', 'CLS_LOSSES', 'RULE', 'predicted_iou', 'anchor_iou', 'adaptive_threshold', 'assign_adaptive', 'giou_loss',
-           'class_loss', 'ATSS', 'weight_at', 'check_weight', 'CombinedIoU']
+           'class_loss', 'own_part', 'padding_cost', 'ATSS', 'weight_at', 'check_weight', 'CombinedIoU']
 
 # %% ../nbs/07_ciou_atss.ipynb #c002
 import math
@@ -89,6 +89,31 @@ def class_loss(
     no = (1-alpha)*focal_negative(table.logits, gamma=gamma)
     return table.negatives(None, (1-alpha)/n, gamma) + (pos*(yes-no)).sum()/n
 
+# %% ../nbs/07_ciou_atss.ipynb #c030q
+def own_part(
+    preds:Predictions, # that know their `image_sizes`
+    divisor:int=32,    # px, up to which sides are rounded
+)->Tensor: # (B, L, 2) int64, or None where no image ends before its batch
+    "Rows and columns of each level that belong to each image."
+    if preds.image_sizes is None: return None
+    size = torch.tensor(preds.image_sizes).div(divisor).ceil()[:,None]*divisor                # (B, 1, 2)
+    steps = torch.tensor(preds.level_strides)[:,None]
+    own, full = size.div(steps).ceil().long(), torch.tensor(preds.level_sizes)
+    return None if (own >= full).all() else own.minimum(full)
+
+def padding_cost(
+    preds:Predictions,
+    inside:Tensor,   # (B, L, 2), `own_part`
+    joint:bool=False,# the score is class · third branch
+    alpha:float=.25, gamma:float=2., # α and γ of the focal loss
+)->Tensor: # 0-dim
+    "What the locations beyond the images add to the summed focal loss."
+    out = [(torch.arange(h)[:,None] >= i[:,0,None,None]) | (torch.arange(w) >= i[:,1,None,None])
+           for (h,w),i in zip(preds.level_sizes, inside.unbind(1))]
+    out = torch.cat([o.flatten(1) for o in out], 1).to(preds.device)
+    obj = preds.obj_logits[out][:,None] if joint else None
+    return (1-alpha)*focal_negative(preds.cls_logits[out], obj, gamma).sum()
+
 # %% ../nbs/07_ciou_atss.ipynb #c031
 class ATSS(Method):
     "ATSS: positives by mean + standard deviation of the anchors' overlaps; centre-ness branch."
@@ -102,10 +127,14 @@ class ATSS(Method):
         box_weight:float=2.,      # of the GIoU loss
         third_branch='centerness', # 'centerness', 'objectness' (ImpObj, AutoAssign's Table 5) or None
         focal_alpha:float=.25, focal_gamma:float=2., # α and γ of the focal loss
+        ignore_padding:bool=False, # locations beyond an image's own sides (rounded up to 32 px) are neither candidates
+                                   # nor negatives, as in mmdetection
     ):
         choice('variant', variant, self.variants)
         choice('third_branch', third_branch, ('centerness','objectness',None))
+        choice('ignore_padding', ignore_padding, (False,True))
         self._set(num_classes, variant, k, anchor_scale, box_weight, third_branch, focal_alpha, focal_gamma)
+        self.ignore_padding = ignore_padding
 
     def _set(self, num_classes, variant, k, anchor_scale, box_weight, third, focal_alpha, focal_gamma):
         "What ATSS and Combined IoUs have in common."
@@ -117,7 +146,7 @@ class ATSS(Method):
             box_activation='exp', box_bias=math.log(anchor_scale/2), third=third))  # a new network predicts its anchors
         self.variant, self.k, self.anchor_scale, self.box_weight = variant, k, anchor_scale, box_weight
         self.legacy, self.focal_alpha, self.focal_gamma = variant=='released', focal_alpha, focal_gamma
-        self.score_power = .5 if third in ('centerness','iou') else 1.
+        self.score_power, self.ignore_padding = .5 if third in ('centerness','iou') else 1., False
 
 # %% ../nbs/07_ciou_atss.ipynb #b3b9932
 @patch
@@ -136,7 +165,8 @@ def divisors(self:ATSS, pairs, pos, quality):
 @patch
 def assign(self:ATSS, preds, objects, progress):
     third = self.head.third
-    pairs = nearest_pairs(preds, objects, self.k)
+    inside = own_part(preds) if self.ignore_padding else None
+    pairs = nearest_pairs(preds, objects, self.k, inside)
     table, dist = ClassTable(preds, pairs), pairs.distances(preds)
     with torch.no_grad():
         pos, target, quality, overlap = self.select(pairs, dist, progress)
@@ -146,6 +176,7 @@ def assign(self:ATSS, preds, objects, progress):
     focal = self.focal_alpha, self.focal_gamma
     if third == 'objectness': cls = focal_loss(table, pos, n, preds.obj_logits, branch, *focal)
     else: cls = class_loss(table, pos, target, n, self.cls_loss, *focal)
+    if inside is not None: cls = cls - padding_cost(preds, inside, third == 'objectness', *focal)/n
     box = giou_loss(dist, pairs.targets, self.variant=='mmdet')
     losses = dict(loss_cls=cls, loss_reg=self.box_weight*(quality*box).sum()/n_box)
     if third in ('centerness','iou'):

@@ -38,6 +38,7 @@ class Predictions:
     def _set(self, blocks, class_first, levels, grid, property_logits, pooled, maps=None):
         self.cls_blocks, self.class_first = blocks, class_first
         self.level_sizes, self.level_strides, self.offset = levels
+        self.image_sizes = None  # [(H, W), ...] px of each image before padding, where the detector says
         self.points, self.strides = grid
         self.property_logits, self.pooled, self.maps = property_logits, pooled, dict(maps or {})
         self.n_images, self.n_locations = blocks[0].shape[0], len(self.points)

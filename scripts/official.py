@@ -16,6 +16,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SIZES = (120, 150), (128, 160)     # H, W px: both are padded to 128 x 160
+MIXED = (120, 150), (60, 90)       # the second ends early: padded to 64 x 96 by itself
 K = 5
 BOXES = [[[10, 12, 90, 100, 1], [60, 30, 140, 110, 3], [100, 5, 131, 40, 0], [20, 70, 36, 90, 1]], [[0, 0, 160, 128, 2], [40, 50, 70, 95, 4], [90, 60, 150, 120, 4]]]
 HEAD = dict(stacked_convs=2, feat_channels=64, in_channels=64)
@@ -44,11 +45,15 @@ def fill(model:nn.Module)->dict:
     model.load_state_dict(state)
     return state
 
-def images()->list: # (3, H, W) each, RGB, 0 ... 255
-    r = np.random.RandomState(7)
-    return [torch.from_numpy(np.kron(r.uniform(0, 255, (3, -(-h//8), -(-w//8))), np.ones((8, 8)))[:, :h, :w] * .9 + r.uniform(0, 25, (3, h, w))) for h, w in SIZES]
+def sizes(name:str): return MIXED if name.endswith('_mixed') else SIZES
 
-def targets(): return [dict(boxes=torch.tensor(b, dtype=torch.float64)[:, :4], labels=torch.tensor(b)[:, 4]) for b in BOXES]
+def images(name:str='')->list: # (3, H, W) each, RGB, 0 ... 255
+    r = np.random.RandomState(7)
+    return [torch.from_numpy(np.kron(r.uniform(0, 255, (3, -(-h//8), -(-w//8))), np.ones((8, 8)))[:, :h, :w] * .9 + r.uniform(0, 25, (3, h, w))) for h, w in sizes(name)]
+
+def targets(name:str=''):
+    scale = [.5 if name.endswith('_mixed') and i else 1. for i in range(len(BOXES))]       # into the smaller image
+    return [dict(boxes=torch.tensor(b, dtype=torch.float64)[:, :4]*f, labels=torch.tensor(b)[:, 4]) for b, f in zip(BOXES, scale)]
 
 def total(losses): return sum(sum(v) if isinstance(v, (list, tuple)) else v for k, v in losses.items() if 'loss' in k or k in ('classification', 'bbox_regression', 'bbox_ctrness'))
 
@@ -82,6 +87,7 @@ class StarConv(nn.Conv2d):
 
 def settings(name:str)->dict:
     "mmdetection's model settings, its published ones but for depth and width."
+    name = name.removesuffix('_mixed')
     caffe = name not in ('atss', 'gfl', 'vfnet')
     focal = dict(type='FocalLoss', use_sigmoid=True, gamma=2., alpha=.25, loss_weight=1.)
     bce = dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.)
@@ -115,7 +121,7 @@ def settings(name:str)->dict:
 class MMDet:
     "An official detector of mmdetection in float64."
     def __init__(self, name:str):
-        import_mmdet()
+        import_mmdet(); self.name = name
         from mmdet.registry import MODELS
         from mmengine.config import ConfigDict
         self.model = MODELS.build(ConfigDict(settings(name))).double()
@@ -135,10 +141,10 @@ class MMDet:
         from mmdet.structures import DetDataSample
         from mmengine.structures import InstanceData
         samples = []
-        for t, (h, w) in zip(targets(), SIZES):
+        for t, (h, w) in zip(targets(self.name), sizes(self.name)):
             s = DetDataSample(metainfo=dict(img_shape=(h, w), ori_shape=(h, w), scale_factor=(1., 1.)))
             s.gt_instances = InstanceData(bboxes=t['boxes'], labels=t['labels']); samples.append(s)
-        return self.model.data_preprocessor(dict(inputs=[im.flip(0).clone() for im in images()], data_samples=samples), True)
+        return self.model.data_preprocessor(dict(inputs=[im.flip(0).clone() for im in images(self.name)], data_samples=samples), True)
 
     def losses(self):
         self.model.train()
@@ -189,26 +195,26 @@ class TorchVision:
         cut = lambda x: [y.transpose(1, 2).reshape(len(y), -1, *s) for y, s in zip(x.split([h*w for h, w in sizes], 1), sizes)]
         return [cut(o[k]) for k in ('cls_logits', 'bbox_regression', 'bbox_ctrness')]
 
-CASES = dict(autoassign=MMDet, fcos_v1=MMDet, fcos=MMDet, atss=MMDet, gfl=MMDet, vfnet=MMDet, torchvision=TorchVision)
+CASES = dict(autoassign=MMDet, fcos_v1=MMDet, fcos=MMDet, atss=MMDet, atss_mixed=MMDet, gfl=MMDet, vfnet=MMDet, torchvision=TorchVision)
 
 # ---- ours beside them
 
-STYLE = dict(autoassign='caffe', fcos_v1='caffe', fcos='caffe', atss='pytorch', gfl='pytorch', vfnet='pytorch', torchvision='pytorch')
+STYLE = dict(autoassign='caffe', fcos_v1='caffe', fcos='caffe', atss='pytorch', atss_mixed='pytorch', gfl='pytorch', vfnet='pytorch', torchvision='pytorch')
 LOSSES = dict(loss_reg='loss_bbox', loss_branch='loss_centerness') # ours -> theirs
 VFNET = dict(loss_coarse='loss_bbox', loss_reg='loss_bbox_rf')
 
 def ours(name:str, state:dict):
     "Our detector with an official state's weights."
     from ala_nb.convert import convert_state
-    model, left = convert_state(state, form=name, style=STYLE[name])
+    model, left = convert_state(state, form=name.removesuffix('_mixed'), style=STYLE[name])
     assert not left, left
     if name == 'torchvision': model._config['score_threshold'] = .05
     return model
 
-def our_targets(name): return [dict(t, labels=t['labels']+(name == 'torchvision')) for t in targets()]
+def our_targets(name): return [dict(t, labels=t['labels']+(name == 'torchvision')) for t in targets(name)]
 
 def our_losses(name, model):
-    losses = model.train()([im/255 for im in images()], our_targets(name))
+    losses = model.train()([im/255 for im in images(name)], our_targets(name))
     if name == 'torchvision':
         return {dict(loss_cls='classification', loss_reg='bbox_regression', loss_centerness='bbox_ctrness')[k]: v for k, v in losses.items()}
     return {(VFNET if name == 'vfnet' else LOSSES).get(k, k): v for k, v in losses.items()}
@@ -245,9 +251,10 @@ def check(name:str, steps:int=20)->dict:
     got = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
     out['gradients'] = max(apart(got[k], g) for k, g in want.items() if k in got)
     out['without gradient in one'] = len(set(want) ^ set(got))
-    found, truth = model.eval().detect([im/255 for im in images()]), theirs.detections()
+    alone = [] if name.endswith('_mixed') else images(name)         # ours never pads one picture to another's size when it detects
+    found, truth = (model.eval().detect([im/255 for im in alone]), theirs.detections()) if alone else ([], [])
     same = all(len(f['scores']) == len(t['scores']) and torch.equal(f['labels'], t['labels']) for f, t in zip(found, truth))
-    out['detections'] = max(max(apart(f[k], t[k]) for k in ('boxes', 'scores')) for f, t in zip(found, truth)) if same else float('inf')
+    out['detections'] = max(max(apart(f[k], t[k]) for k in ('boxes', 'scores')) for f, t in zip(found, truth)) if same and alone else 0. if same else float('inf')
     sgd = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 1e-3, .9) for m in (theirs.model, model)]
     for _ in range(steps):
         for o, losses in zip(sgd, (theirs.losses, lambda: our_losses(name, model))): o.zero_grad(); total(losses()).backward(); o.step()
@@ -281,7 +288,7 @@ def our_record(name:str, state:dict)->dict:
     preds = seen['preds']
     grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
     out = record(losses, seen['p'], maps_of(preds, preds.cls_logits.transpose(1, 2)), maps_of(preds, third(name, preds)), grads, [])
-    return out | record({}, [], [], [], {}, model.eval().detect([im/255 for im in images()]))
+    return out | record({}, [], [], [], {}, [] if name.endswith('_mixed') else model.eval().detect([im/255 for im in images(name)]))
 
 def their_record(name:str)->dict:
     "What is kept of an official detector."
@@ -289,7 +296,7 @@ def their_record(name:str)->dict:
     theirs = CASES[name](name)
     losses = theirs.losses(); total(losses).backward(); cls, _, other = theirs.head()
     grads = our_names({k: p.grad for k, p in theirs.model.named_parameters() if p.grad is not None}, made_by(theirs.state))[0]
-    out = record(losses, theirs.feature['p'], cls, other, grads, []) | record({}, [], [], [], {}, theirs.detections())
+    out = record(losses, theirs.feature['p'], cls, other, grads, []) | record({}, [], [], [], {}, [] if name.endswith('_mixed') else theirs.detections())
     shapes = json.dumps({k: [list(v.shape), str(v.dtype)] for k, v in theirs.state.items()})
     return out | dict(state=np.frombuffer(shapes.encode(), np.uint8))
 

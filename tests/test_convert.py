@@ -25,11 +25,11 @@ def test_official_numbers(case):
         assert v.shape == want.shape, k
         if k.startswith('labels'): assert (v == want).all(), k
         else: np.testing.assert_allclose(v, want, rtol=1e-8, atol=1e-9*max(1., float(np.abs(want).max(initial=0.))), err_msg=k)
-    assert all(len(kept[f'scores_{i}']) >= 20 for i in (0, 1))
+    assert name.endswith('_mixed') or all(len(kept[f'scores_{i}']) >= 20 for i in (0, 1))
 
 def test_command_writes_a_run(case, tmp_path, capsys):
     name, kept, state = case
-    if name == 'autoassign': pytest.skip('the others show it, and are smaller')
+    if name in ('autoassign', 'atss_mixed'): pytest.skip('the others show it')
     torch.save(dict(state_dict={k: v.float() for k, v in state.items()}, meta=dict(dataset_meta=dict(classes=tuple('abcde')))), tmp_path/'x.pth')
     assert C.main([str(tmp_path/'x.pth'), '--form', name, '--style', 'pytorch', '--out', str(tmp_path/'run')]) == 0
     assert sorted(p.name for p in (tmp_path/'run').iterdir()) == ['best.safetensors', 'config.json', 'last.safetensors']

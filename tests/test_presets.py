@@ -88,3 +88,22 @@ def test_a_preset_trains_by_the_command(tmp_path, capsys):
     stored = json.loads((tmp_path/'run'/'config.json').read_text())['train']
     assert stored['method'] == 'dw' and stored['lr'] == .00125 and stored['warmup'] == 1000 and stored['clip'] == 0
     assert [r['step'] for r in csv.DictReader(open(tmp_path/'run'/'metrics.csv'))] == ['2']
+
+def test_rates_and_decay_are_the_releases():
+    "Rate, decay and warm-up by kind of parameter, in the optimiser that a preset makes and in the steps that it takes."
+    def groups(name):
+        c = T.as_config(P.PRESETS[name].knobs)
+        model = Detector(c.method, 'resnet18', 3, method_options=c.method_options, channels=16, head_convs=1, **c.detector_options)
+        kinds = {id(p): T.kind_of(m, n, p) for m in model.modules() for n, p in m.named_parameters(recurse=False)}
+        optimizer = T.make_optimizer(model, c)
+        found = {(kinds[id(p)], g.get('lr_factor', 1.), g['weight_decay']) for g in optimizer.param_groups for p in g['params']}
+        assert sum(len(g['params']) for g in optimizer.param_groups) == sum(p.requires_grad for p in model.parameters())
+        return c, found
+    for name in ('autoassign_r50_1x', 'dw_r50_1x', 'o2f_r50_1x'):
+        c, found = groups(name)
+        assert found == {('weight', 1., 1e-4), ('bias', 1., 1e-4), ('norm', 1., 0.), ('other', 1., 1e-4)}
+        assert (c.warmup, c.warmup_shape, c.warmup_start, c.clip) == (1000, 'linear', .001, 0.)
+    for name, clip in (('fcos_r101_2x_ms', 35.), ('atss_r50_1x', 0.), ('dynamic_atss_r50_1x', 0.)):
+        c, found = groups(name)
+        assert found == {('weight', 1., 1e-4), ('bias', 2., 0.), ('norm', 1., 1e-4), ('other', 1., 1e-4)}
+        assert (c.warmup, c.warmup_shape, c.warmup_start, c.clip) == (500, 'constant', 1/3, clip)

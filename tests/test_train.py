@@ -500,3 +500,18 @@ def test_every_bit_of_a_checkpoint_counts(tmp_path):
 
 def test_errors_are_one_line():
     assert T.one_line(InputError('a.jpg:\n  truncated')) == 'a.jpg: truncated' and T.one_line(KeyError()) == 'KeyError'
+
+def test_bias_rate_is_trained_and_resumed(tmp_path):
+    "A run with rates and decay by kind of parameter: the factor reaches the optimiser at every step, and a resumed run ends the same."
+    knobs = dict(train_images=8, val_images=0, eval_every=0, steps=12, batch_size=2, bias_lr=2., bias_decay=1., norm_decay=.5, other_decay=0.,
+                 warmup=2, warmup_shape='constant', warmup_start=.5, optimizer='sgd', lr=1e-3, schedule='constant', checkpoint_epochs=0, checkpoint_seconds=0., weight_decay=1e-4)
+    rates = []
+    look = lambda run, losses: rates.append({(g['lr']/1e-3, g['weight_decay']) for g in run.optimizer.param_groups if g['params']})
+    whole = T.train(T.recipe(**knobs, out=str(tmp_path/'whole')), log=None, on_step=look)
+    assert {lr for lr, _ in rates[0]} == {.5, 1.}
+    assert {lr for lr, _ in rates[-1]} == {1., 2.} and {d for _, d in rates[0]} >= {1e-4, 5e-5}
+    def stop(run, losses):
+        if run.step == 5: T.save_checkpoint(run); raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): T.train(T.recipe(**knobs, out=str(tmp_path/'cut')), log=None, on_step=stop)
+    cut = T.train(run=T.resume(tmp_path/'cut', log=None), log=None)
+    for a, b in zip(whole.model.parameters(), cut.model.parameters()): assert torch.equal(a, b)
