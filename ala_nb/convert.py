@@ -26,7 +26,7 @@ FORMS = dict(
                  nms_threshold=.5, **BY_CLASS),
     fcos=dict(method='fcos', method_options=dict(variant='mmdet'), head_options=dict(box_activation='relu'),
               **BY_CLASS),
-    atss=dict(method='atss', method_options=dict(variant='mmdet'), **ANCHORS, **BY_CLASS),
+    atss=dict(method='atss', method_options=dict(variant='mmdet', ignore_padding=True), **ANCHORS, **BY_CLASS),
     atss_authors=dict(method='atss', method_options=dict(variant='released'), select_by='class', **ANCHORS),
     dynamic_atss=dict(method='ciou_atss', method_options=dict(variant='released'), select_by='class', **ANCHORS),
     autoassign=dict(method='autoassign', **BY_CLASS),

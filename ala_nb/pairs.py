@@ -344,10 +344,12 @@ def nearest_cells(
     offset:float,   # in strides
     sizes:Tensor,   # (L, 2) int64, rows and columns
     k:int,
+    inside:Tensor=None, # (N, L, 2) rows and columns that count for each center; None: all
 )->Tensor: # (N, L, k) row-major cell of the level, nearest first; without meaning beyond the level's number of cells
     "The k cells of each level nearest to each center; ties to the lower cell."
+    most = sizes.T.flip(0)[:,None] if inside is None else inside.permute(2,0,1).flip(0)
     stairs = [(a,b) for a in range(k) for b in range(k) if (a+1)*(b+1) <= k]
-    (ix,iy), (dx,dy) = nearest_on_axis(centers.T, stride, offset, sizes.T.flip(0)[:,None], k)     # both axes at once
+    (ix,iy), (dx,dy) = nearest_on_axis(centers.T, stride, offset, most, k)     # both axes at once
     a,b = torch.tensor(stairs, device=centers.device).T
     cell, by_cell = (iy[...,b]*sizes[:,1:] + ix[...,a]).sort(dim=-1)
     d2 = (dx[...,a].square() + dy[...,b].square()).gather(-1, by_cell)
@@ -357,17 +359,24 @@ def nearest_cells(
 def nearest_pairs(
     preds:Predictions, objects:Objects,
     k:int=9, # locations a level
+    inside:Tensor=None, # (B, L, 2) int64, rows and columns of each level that count in each image; None: all
 )->Pairs:
     "The k locations of every level nearest to each object's center (all of a smaller level), inside the box or not."
     objects, dev = objects.to(preds.points), preds.device
     centers = ((objects.boxes[:,:2]+objects.boxes[:,2:])/2).double()       # exact, so that equal distances are equal
-    sizes, steps, _ = preds.levels(centers.dtype)
-    cells = nearest_cells(centers, steps, preds.offset, sizes, k)
+    sizes, steps, begin = preds.levels(centers.dtype)
+    if inside is not None: inside = inside.to(dev)[objects.image]
+    cells = nearest_cells(centers, steps, preds.offset, sizes, k, inside)
     n, per_level = len(objects), [min(k, h*w) for h,w in preds.level_sizes]
-    loc = torch.cat([cells[:,l,:m]+start for l,(m,start) in enumerate(zip(per_level, preds.level_starts))], 1)
-    obj = torch.arange(n, device=dev)[:,None].expand_as(loc).reshape(-1)
-    counts = torch.tensor([per_level], device=dev).expand(n,-1)
-    return Pairs(loc.reshape(-1), obj, counts.sum(1), preds, objects, counts, [n*m for m in per_level])
+    if inside is None:
+        loc = torch.cat([cells[:,l,:m]+start for l,(m,start) in enumerate(zip(per_level, preds.level_starts))], 1)
+        obj = torch.arange(n, device=dev)[:,None].expand_as(loc).reshape(-1)
+        counts, each = torch.tensor([per_level], device=dev).expand(n,-1), [n*m for m in per_level]
+    else:
+        counts = inside.prod(-1).clamp(max=k)
+        loc = (cells + begin[:,None])[torch.arange(cells.shape[2], device=dev) < counts[...,None]]
+        obj, each = torch.repeat_interleave(torch.arange(n, device=dev), counts.sum(1)), counts.sum(0).tolist()
+    return Pairs(loc.reshape(-1), obj, counts.sum(1), preds, objects, counts, each)
 
 # %% ../nbs/01_pairs.ipynb #c054
 @patch
