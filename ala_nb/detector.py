@@ -1130,7 +1130,8 @@ class Detector(nn.Module):
         "The network alone."
         batch, sizes = batch_images(images, self.mean, self.std, self._config['pad_to'], self._config['channels_last'])
         if self._config['bgr']: batch = batch.flip(1)
-        return self.head(self.pyramid(self.body(batch))), sizes
+        preds = self.head(self.pyramid(self.body(batch))); preds.image_sizes = sizes
+        return preds, sizes
 
     def forward(self,
         images:Sequence[Tensor],      # (3, H, W) each, 0 ... 1
