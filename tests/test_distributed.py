@@ -53,14 +53,14 @@ def losses_of(path): return [[float(v) for k,v in r.items() if k.startswith('los
 TWENTY = dict(train_images=13, batch_size=4, steps=20, eval_every=0, log_every=1, threads=1, seed=3)
 
 @pytest.mark.parametrize('knobs', [dict(method='fcos'), dict(method='autoassign'), dict(method='dw', accumulate=2),
-                                   dict(method='poto', method_options=['max_filter=True', 'aux=atss'])])
+                                   dict(method='poto', method_options=['max_filter=True', 'aux=atss']), dict(method='gflv2'), dict(method='vfnet')])
 def test_two_processes_train_as_one(knobs, monkeypatch):
     "20 steps; 13 images in batches of 4, so that the last one has a single image and a process without any."
     in_float64(monkeypatch)
     run = lambda out: T.main(words(**{**TWENTY, **knobs}, out=out))
     assert run('one') == 0
     assert together(lambda: run('two')) == [0,0], Path('log').read_text()
-    assert_close('one', 'two')
+    assert_close('one', 'two', 1e-7 if knobs['method'] in ('gflv2', 'vfnet') else 1e-9)      # as mmdetection: each process adds 1.2e-7 to its share of a divisor
     for a,b in zip(losses_of('one'), losses_of('two'), strict=True): assert a == pytest.approx(b, rel=1e-5)      # six digits in the table
 
 def test_a_process_without_objects(monkeypatch):
