@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .geometry import InputError, distance_ious
 from .pairs import chunk_size, Predictions, Objects, Pairs, inside_pairs, center_pairs, nearest_pairs
 from .losses import ClassTable, scores, safe_log, negative_cost, normalizer
-from .methods import Method, HeadSpec, Assignment, choice, in_range
+from .methods import TASK_HEAD, Method, HeadSpec, Assignment, choice, in_range
 
 # %% ../nbs/09_dw.ipynb #c006
 def consistency(
@@ -172,14 +172,17 @@ class DW(Method):
         negative:str='both',     # Table 5: 'both', 'probability', 'importance', 'complement', 'none'
         weighting:str='dw',      # Tables 1 and 6: 'dw', 'gfl', 'vfl', 'tood', 'musu', 'autoassign'
         refine:str=None,         # box refinement in the head: 'deform', 'bilinear' or None
+        task_head:bool=False,    # DW*, Table 7: TOOD's head in place of FCOS's; its offsets are the refinement
         chunk:int=None,          # pairs at a time, bounds a crowd's memory, changes no result; None: `Pairs.chunks`
     ):
         choice('variant', variant, ('released','paper'))
         choice('negative', negative, NEGATIVES); choice('weighting', weighting, WEIGHTINGS)
         if negative!='both' and weighting!='dw':
             raise InputError(f"negative: {negative!r} is an option of weighting='dw'; drop one of the two")
-        head = HeadSpec(cls_prior=.02, box_bias=4., box_activation='relu', third='objectness', refine=refine)
-        super().__init__(num_classes, head)
+        if refine and task_head: raise InputError(f"refine: {refine!r}, but task_head=True has its own; drop one of the two")
+        head = dict(box_bias=4., box_activation='relu', refine=refine)
+        if task_head: head = dict(TASK_HEAD, options=dict(third_part=dict(prior=.5)))    # an objectness starts undecided
+        super().__init__(num_classes, HeadSpec(cls_prior=.02, third='objectness', **head))
         self.paper, self.negative, self.weighting, self.bag = variant=='paper', negative, weighting, read_bag(bag)
         self.sigma = in_range('sigma', (2**-.5 if self.paper else 1.11) if sigma is None else sigma, 1e-3, 1e3)
         self.beta, self.mu = in_range('beta', beta, 0, 80), in_range('mu', mu, 0, 80)          # e^80 is still a float32

@@ -3,6 +3,7 @@
     python scripts/sweep.py methods  --seeds 0 1 2       # every method on `shapes`, the default recipe
     python scripts/sweep.py claims   --seeds 0 1         # the papers' claims (ala_nb.tables), 6 epochs
     python scripts/sweep.py short    --seeds 0 1 2 3 4   # the same in a minute a run: a smaller network, an easier set
+    python scripts/sweep.py tood     --seeds 0 1 2       # DW, DW on TOOD's head, TOOD: the minute's runs of `short`
     python scripts/sweep.py readings --seeds 0 1         # readings of ALA's equations, o2f's duplicates; 6 epochs
     python scripts/sweep.py one_to_one --seeds 0 1 2     # POTO with its parts, Hybrid-Epoch, o2f: short, too
     python scripts/sweep.py heads --seeds 0 1 2          # GFL, GFLV2 and VFNet without and with Combined IoUs: short, too
@@ -45,8 +46,9 @@ TABLES = dict(
              + [('fcos', ''), ('fcos', 'ranges=None'), ('ciou_atss', ''), ('ciou_atss', 'anchor_weight=0')],
     bccd = ALL, bccd16 = ALL + [('ala', "parts='confidence'")])
 TABLES['short'] = TABLES['claims'] + [('ala', f"losses='HN' without_soft='{x}'") for x in ('silent', 'positive')]
+TABLES['tood'] = [('dw', ''), ('dw', 'task_head=True'), ('tood', '')]
 FILES = dict(methods='shapes.csv', claims='claims.csv', readings='claims.csv', bccd='bccd.csv', bccd16='bccd_bf16.csv',
-             short='short.csv', one_to_one='one_to_one.csv', heads='heads.csv')
+             short='short.csv', one_to_one='one_to_one.csv', heads='heads.csv', tood='tood.csv')
 SHORT = '--epochs 6'.split()         # of claims and readings: both sides of a comparison have the same budget
 # 1,500 steps of four images: three of the shapes, plain, on 96 px, and the network of the snapshots
 SMALL = ("--train_images 1500 --val_images 300 --epochs 4 --batch_size 4 --lr 0.006 --eval_every 4 --eval_both true "
@@ -116,7 +118,7 @@ def main():
     results = Path(a.results)/FILES[a.table]
     results.parent.mkdir(parents=True, exist_ok=True)
     base = ['--data', a.data, '--val_split', a.split, *BCCD] if real else [] if a.table == 'methods' else SHORT
-    if a.table in ('short', 'one_to_one', 'heads'): base = SMALL
+    if a.table in ('short', 'one_to_one', 'heads', 'tood'): base = SMALL
     base = base + (BF16 if a.table == 'bccd16' else []) + extra
     for seed in a.seeds:
         for method, options in TABLES[a.table]:

@@ -13,7 +13,7 @@ K, STRIDES = 3, (8, 16, 32)
 
 # what uses a function or a method: name of a method and options; without an entry, the module's first method as it is
 BUILD = dict(fcos=('fcos', {}), ciou_atss=('ciou_atss', {}), autoassign=('autoassign', {}), dw=('dw', {}), o2f=('o2f', {}), ipb=('ala', {}), opm=('ala', {}), ps3=('ala', {}), ala=('ala', {}), defcn=('poto', dict(aux='atss')),
-             gfl=('gflv2', dict(pred_weight=1.)), vfnet=('vfnet', dict(pred_weight=1.)))
+             gfl=('gflv2', dict(pred_weight=1.)), vfnet=('vfnet', dict(pred_weight=1.)), tood=('tood', dict(warmup=0.)))
 BUILD |= {
     'ciou_atss.weight_at': ('ciou_atss', dict(pred_weight='rising')),
     'o2f.match_one_to_one': ('poto', {}), 'o2f.POTO': ('poto', dict(aux='atss')), 'o2f.auxiliary_rule': ('poto', dict(aux='fcos')),
@@ -29,10 +29,11 @@ EXCEPT = {
     'defcn.strongest': 'part of the head', 'defcn.dense_hybrid': 'the reference',
     **dict.fromkeys(('gfl.bin_mean', 'gfl.distribution_statistics', 'vfnet.star_shifts'), 'the head uses it'),
     **dict.fromkeys(('gfl.dense_gfl', 'gfl.dense_gflv2', 'vfnet.dense_vfnet'), 'the reference'),
+    **dict.fromkeys(('tood.dense_tood', 'tood.tood_sets'), 'the reference'), **dict.fromkeys(('tood.tower_layers', 'tood.joint', 'tood.read_sides'), 'part of the head'),
     'ipb.map_iou': "the measure of ALA's Table II, no part of a loss"}
 UNREAD = 'location_scores', 'combine', 'scores', 'explain', 'over_candidates', 'dual_rule', 'coupled_rule'   # what ranks detections, and what explains weights: no loss reads them
 
-HEAD_PARTS = 'MaxFilter3d', 'MaxFilter', 'Distribution', 'Statistics', 'StarConv', 'Scales', 'Star'      # they make predictions
+HEAD_PARTS = 'MaxFilter3d', 'MaxFilter', 'Distribution', 'Statistics', 'StarConv', 'Scales', 'Star', 'Decomposition', 'TaskTower', 'AlignmentMap', 'ScaledExp', 'AlignedSides'      # they make predictions
 CONSTRUCTION = '__init__', '_set', 'add_prior'           # called before there is a loss
 
 def batch(dtype, seed=0):
