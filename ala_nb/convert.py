@@ -33,7 +33,7 @@ FORMS = dict(
     autoassign_cvpods=dict(method='autoassign'),
     dw=dict(method='dw', method_options=dict(refine='deform')),
     dw_plain=dict(method='dw'),
-    o2f=dict(method='o2f'),
+    o2f=dict(method='o2f'), tood=dict(method='tood', p7_relu=False),
     gfl=dict(method='gfl', p7_relu=False, **BY_CLASS), gflv2=dict(method='gflv2', p7_relu=False), vfnet=dict(method='vfnet', **BY_CLASS),
     torchvision=dict(method='fcos', method_options=dict(variant='torchvision'), head_options=dict(box_activation='relu', offset=0., level_scales=False),
                      pad_to=128, score_threshold=.2, norm='frozen'))
@@ -49,6 +49,7 @@ def guess_form(
     if source == 'torchvision': return 'torchvision'
     if source == 'cvpods': return 'autoassign_cvpods'
     if source == 'atss': return 'dynamic_atss' if has('rpn.head.iou') else 'atss_authors'
+    if has('bbox_head.inter_convs'): return 'tood'
     if has('bbox_head.reg_offset'): return 'dw'
     if has('bbox_head.centerness_convs'): return 'o2f'
     if has('bbox_head.center_prior'): # DW's is fixed at (0, 1.11), AutoAssign's is learned
@@ -105,20 +106,22 @@ def detector_options(
     o['backbone_options'] = {} if swin else dict(style=style,
                                                  deformable=list(deformable)) if deformable else dict(style=style)
     o['norm'] = 'own' if swin else 'frozen' if style == 'caffe' or form == 'torchvision' else 'eval'
-    need = ('head.cls.weight', 'head.box_tower.0.weight', 'pyramid.fpn.inner_blocks.0.0.weight',
+    tower = r'head\.inter\.\d+\.0\.weight' if form == 'tood' else r'head\.box_tower\.\d+\.weight'
+    first = tower.replace(r'\d+', '0').replace('\\', '')
+    need = ('head.cls.weight', first, 'pyramid.fpn.inner_blocks.0.0.weight',
             'pyramid.fpn.extra_blocks.convs.0.weight')
     for k in need:
         if k not in state: raise InputError(f"the weights hold no {k} (our name); is this a whole detector with a pyramid?")
     o['trainable_layers'] = 3                                         # all of them were trained with the stem and the next stage frozen
     o['num_classes'], o['channels'] = state['head.cls.weight'].shape[:2]
-    o['head_convs'] = sum(bool(re.fullmatch(r'head\.box_tower\.\d+\.weight', k)) and v.ndim == 4 for k,
-                          v in state.items())
+    o['head_convs'] = sum(bool(re.fullmatch(tower, k)) and v.ndim == 4 for k,v in state.items())
     maps, extra = (len({k.split('.')[3] for k in state if part in k}) for part in ('inner_blocks','layer_blocks'))
     extra = len({k.split('.')[4] for k in state if 'extra_blocks' in k})
     o['strides'] = [32//2**(maps-1)*2**i for i in range(maps+extra)]
     o['p6_from'] = 'c5' if state['pyramid.fpn.extra_blocks.convs.0.weight'].shape[1] != o['channels'] else 'p5'
     head = o.setdefault('head_options', {})
-    head['tower_bias'] = 'head.cls_tower.0.bias' in state
+    head['tower_bias'] = first.replace('weight', 'bias').replace('box', 'cls') in state
+    if form == 'tood': head['options'] = dict(tower=dict(layers=o['head_convs']))
     if f"head.cls_tower.{3*(o['head_convs']-1)}.conv_offset.weight" in state: head['deform_last'] = True
     return o
 

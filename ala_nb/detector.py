@@ -483,6 +483,7 @@ class Level:
     scale:Tensor=None # 0-dim, the learned factor of this level, or None
     what:Tensor=None  # features for the class logits
     where:Tensor=None # features for the box
+    both:Tensor=None  # features of both tasks together, where a tower makes them
     distances:Tensor=None # (B, 4, H, W) px, float32 or float64
     cls:Tensor=None   # (B, K, H, W) logits
     third:Tensor=None # (B, 1, H, W) logit of the third branch
@@ -795,6 +796,8 @@ def detections(
 # %% ../nbs/05_detector.ipynb #c058a
 def _tower(m): # 'cls' or 'reg', number of the convolution, 'conv' or 'gn'
     return f"head.{dict(cls='cls', reg='box', bbox='box', centerness='third')[m[1]]}_tower.{3*int(m[2]) + (m[3] == 'gn')}."
+def _task(m): # 'cls' or 'reg', 'conv' or 'gn'
+    return f"head.{dict(cls='cls', reg='box')[m[1]]}_task.{dict(conv='mix', gn='norm')[m[2]]}."
 def _d2_stage(m): return f'body.layer{int(m[1])-1}.{m[2]}'
 
 # how other programs' detectors call what is ours: patterns for the beginning of a name, and what stands there instead
@@ -802,6 +805,10 @@ NAMES = dict(
     mmdet=[(r'backbone\.', 'body.'), (r'neck\.lateral_convs\.(\d)\.conv\.', r'pyramid.fpn.inner_blocks.\1.0.'), (r'neck\.fpn_convs\.(\d)\.conv\.', r'pyramid.fpn.layer_blocks.\1.0.'),
            (r'bbox_head\.(cls|reg|centerness)_convs\.(\d)\.(conv|gn)\.', _tower), (r'bbox_head\.(?:conv|atss|gfl|vfnet)_cls\.', 'head.cls.'),
            (r'bbox_head\.(?:conv|atss|gfl|vfnet)_reg\.', 'head.box.'), (r'bbox_head\.(?:conv|atss)_centerness\.', 'head.third.'), (r'bbox_head\.reg_offset\.', 'head.shift.'),
+           (r'bbox_head\.inter_convs\.(\d)\.(conv|gn)\.', lambda m: f"head.inter.{m[1]}.{int(m[2] == 'gn')}."), (r'bbox_head\.tood_cls\.', 'head.cls.'),
+           (r'bbox_head\.cls_decomp\.layer_attention\.', 'head.cls_task.attention.'), (r'bbox_head\.reg_decomp\.layer_attention\.', 'head.box_task.attention.'),
+           (r'bbox_head\.(cls|reg)_decomp\.reduction_conv\.(conv|gn)\.', _task), (r'bbox_head\.tood_reg\.', 'head.box.'),
+           (r'bbox_head\.cls_prob_module\.', 'head.third.'), (r'bbox_head\.reg_offset_module\.', 'head.offsets.'),
            (r'bbox_head\.reg_conf\.(\d)\.', r'head.quality.\1.'), (r'bbox_head\.integral\.project$', ''), (r'bbox_head\.vfnet_reg_conv\.conv\.', 'head.box_convs.0.'),
            (r'bbox_head\.vfnet_reg_conv\.gn\.', 'head.box_convs.1.'), (r'bbox_head\.vfnet_reg_refine_dconv\.', 'head.box_star.'), (r'bbox_head\.vfnet_reg_refine\.', 'head.correct.'),
            (r'bbox_head\.vfnet_cls_dconv\.', 'head.cls_star.'), (r'bbox_head\.scales_refine\.(\d)\.scale$', r'head.correct_scales.factor.\1'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'RECIPE', 'ATSS_RECIPE', 'FCOS_RECIPE', 'PLAIN', 'DCN', 'NETS', 'MS', 'WIDE', 'PRESETS', 'TESTDEV',
-           'MSTEST', 'VOC', 'BOTH', 'C5', 'ANCHORS', 'NO_BIAS', 'P7', 'VFNET', 'LAST', 'AUX', 'RELU', 'CROWD', 'MANY',
-           'ADAM', 'between', 'Preset', 'merged', 'add', 'find_preset', 'preset_knobs', 'presets_table']
+           'MSTEST', 'VOC', 'BOTH', 'C5', 'ANCHORS', 'NO_BIAS', 'P7', 'VFNET', 'LAST', 'TOOD', 'AUX', 'RELU', 'CROWD',
+           'MANY', 'ADAM', 'between', 'Preset', 'merged', 'add', 'find_preset', 'preset_knobs', 'presets_table']
 
 # %% ../nbs/21_presets.ipynb #p002
 import difflib, json
@@ -135,8 +135,12 @@ for net,ap,refined in (('r101','46.2','46.8'), ('r101_dcn','49.3','49.5'), ('x10
     add(f'dw_{net}_2x_ms', 'DW, Table 7', f'{ap} test-dev', net, '2x', 'dw', None, *more, needs=TESTDEV)
     add(f'dw_refine_{net}_2x_ms', 'DW, Table 7', f'{refined} test-dev', net, '2x', 'dw', dict(refine='deform'), *more,
         needs=TESTDEV)
-add('dw_toodhead_x101_2x_ms', 'DW, Table 7 *', '49.8 test-dev', 'x101', '2x', 'dw', None, WIDE, needs=TESTDEV,
-    missing="TOOD's head: this is the row's training with FCOS's head")
+add('dw_toodhead_x101_2x_ms', 'DW, Table 7 *', '49.8 test-dev', 'x101', '2x', 'dw', dict(task_head=True), WIDE,
+    needs=TESTDEV)
+TOOD = dict(warmup=500, detector_options=dict(p7_relu=False))
+add('tood_x101_2x_ms', 'TOOD, in DW, Table 7', '48.3 test-dev', 'x101', '2x', 'tood', dict(warmup=1/6), TOOD,
+    between(480, 800), needs=TESTDEV)
+add('tood_plainhead_r50_1x', 'TOOD, in DW, Table 6', '40.3 val', 'r50', '1x', 'tood', dict(task_head=False), TOOD)
 add('dw_r50_1x', 'DW, Tables 4 – 6', '41.5 val', 'r50', '1x', 'dw')
 add('dw_refine_r50_1x', 'DW, Table 6', '42.2 val', 'r50', '1x', 'dw', dict(refine='deform'))
 
