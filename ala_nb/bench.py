@@ -18,7 +18,7 @@ import torch
 from torch.profiler import profile, ProfilerActivity
 from .geometry import InputError, grid_points
 from .pairs import Objects, inside_pairs
-from .methods import HeadSpec, available, build
+from .methods import HeadSpec, box_methods, build
 from .dense import (Batch, STRIDES, XVIEW, DENSE, coco_counts, coco_like, draw_batch, random_boxes, xview_counts,
                           xview_like)
 from .detector import BACKBONES, Detector
@@ -382,7 +382,7 @@ def make_parser():
     add, kinds = p.add_argument, ('dense','torchvision','mmdet')
     add('what', nargs='*', metavar='WHAT', help='step: a whole training step; losses: each on COCO-like batches; '
         'objects, batch: the same with more of them [step losses]')
-    add('--methods', nargs='+', metavar='NAME', help=f"of {' '.join(available())} [all]")
+    add('--methods', nargs='+', metavar='NAME', help=f"of {' '.join(box_methods())} [all]")
     add('--objects', nargs='+', type=_objects, metavar='N', help="or coco, xview [coco; objects: 100 300 1000]")
     add('--batch', nargs='+', type=_positive, metavar='N', help='[2; losses: 2 8; batch: 1 2 4 8 16; xview: 128]')
     add('--image', type=_image, metavar='HxW', help='px [800x1216; step: 240x320; xview: 640x640]')
@@ -413,7 +413,7 @@ def cases_of(what:str, a):
 
 def run_bench(a, command:str='', say=print):
     "Measure what the arguments ask for; each row is written when it is there."
-    whats, out, methods = a.what or ['step','losses'], Path(a.out), a.methods or available()
+    whats, out, methods = a.what or ['step','losses'], Path(a.out), a.methods or box_methods()
     for what in whats:
         if what not in WHATS: raise InputError(f"{what!r}: no such measurement; give some of {', '.join(WHATS)}")
     if out.exists() and not out.is_dir(): raise InputError(f'{out}: is a file; give --out a folder')

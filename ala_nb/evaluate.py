@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['REFERENCE_FPPI', 'METRICS', 'match_detections', 'precision_recall', 'average_precision', 'coco_results',
            'evaluate_coco', 'coco_table', 'match_voc', 'evaluate_voc', 'miss_rate', 'jaccard_index',
-           'evaluate_crowdhuman', 'rescale_boxes', 'detecting', 'predict_dataset', 'finite_outputs', 'source_results',
-           'run_config', 'match_classes', 'pick_device', 'compute_metrics', 'metrics_text', 'add_inference',
-           'make_parser', 'run_sizes', 'evaluate_run', 'main']
+           'evaluate_crowdhuman', 'rescale_boxes', 'detecting', 'draws_masks', 'with_masks', 'predict_dataset',
+           'finite_outputs', 'source_results', 'run_config', 'match_classes', 'pick_device', 'compute_metrics',
+           'metrics_text', 'add_inference', 'make_parser', 'run_sizes', 'evaluate_run', 'main']
 
 # %% ../nbs/15_evaluate.ipynb #c002
 import argparse, contextlib, importlib.util, io, itertools, json, sys
@@ -19,6 +19,8 @@ from .geometry import InputError
 from .files import Parser, _line as _one_line, exit_code, nobody_reads, parse_pair, shown, underscored, write_json
 from .data import eval_transforms, load_dataset, make_loader, report
 from .detector import load_detector
+from .masks import encode_masks
+from .methods import method_class
 
 # %% ../nbs/15_evaluate.ipynb #c005
 def match_detections(
@@ -59,22 +61,24 @@ def average_precision(
 
 # %% ../nbs/15_evaluate.ipynb #c020
 def coco_results(
-    outputs:list,   # per image a dict of `boxes` (D, 4) xyxy px, `labels` (D,) 0 ... K-1, `scores` (D,)
+    outputs:list,   # per image a dict of `boxes` (D, 4) xyxy px, `labels` (D,) 0 ... K-1, `scores` (D,); perhaps `masks` (D, H, W) bool
     image_ids,      # per image its id in the data set
     category_ids,   # label -> category id, a list or a dict
-)->list: # of {'image_id', 'category_id', 'bbox': [x, y, width, height], 'score'}
+)->list: # of {'image_id', 'category_id', 'bbox': [x, y, width, height], 'score'}; with masks 'segmentation', run lengths
     "A detector's outputs as COCO's flat list of results."
     results = []
     for out,image_id in zip(outputs, image_ids, strict=True):
         boxes = torch.as_tensor(out['boxes']).detach().double().cpu().reshape(-1,4)
         boxes = torch.cat([boxes[:,:2], boxes[:,2:]-boxes[:,:2]], 1).tolist()
         labels, scores = torch.as_tensor(out['labels']).tolist(), torch.as_tensor(out['scores']).tolist()
-        results += [{'image_id':int(image_id), 'category_id':category_ids[l], 'bbox':b, 'score':s}
-                    for b,l,s in zip(boxes, labels, scores, strict=True)]
+        mine = [{'image_id':int(image_id), 'category_id':category_ids[l], 'bbox':b, 'score':s}
+                for b,l,s in zip(boxes, labels, scores, strict=True)]
+        if 'masks' in out: mine = [r | {'segmentation':m} for r,m in zip(mine, encode_masks(out['masks']), strict=True)]
+        results += mine
     return results
 
 # %% ../nbs/15_evaluate.ipynb #c023
-def _plain(ground_truth, results):
+def _plain(ground_truth, results, masks=False):
     "Fresh, checked, renumbered COCO dictionaries of the truth and the results."
     images = [{'id':i['id'], 'width':i.get('width',0), 'height':i.get('height',0)} for i in ground_truth['images']]
     categories = [{'id':c['id'], 'name':c.get('name',str(c['id']))} for c in ground_truth['categories']]
@@ -88,6 +92,7 @@ def _plain(ground_truth, results):
         n = int(np.flatnonzero(~np.isfinite(bad).all(1))[0])
         raise InputError(f"results: number {n} (image {found[n]['image_id']}) has a box or score that is not a finite number; "
                          "the model's weights have probably diverged")
+    if masks: _add_masks(truth, ground_truth.get('annotations',[]), 'ground truth: annotation'); _add_masks(found, results, 'results: number', True)
     base = {'info':{}, 'images':images, 'categories':categories}
     return {**base, 'annotations':truth}, {**base, 'annotations':found}
 
@@ -95,8 +100,16 @@ def _annotation(n, a, area, crowd):
     bbox = [float(v) for v in a['bbox']]; area = bbox[2]*bbox[3] if area is None else float(area)
     return {'id':n, 'image_id':a['image_id'], 'category_id':a['category_id'], 'bbox':bbox, 'area':area, 'iscrowd':crowd}
 
+def _add_masks(mine, given, what, size=False):
+    "Masks beside boxes; with `size` an entry is as large as its mask (pycocotools would take its box)."
+    from pycocotools.mask import area
+    for n,(m,a) in enumerate(zip(mine, given)):
+        if not a.get('segmentation'): raise InputError(f'{what} {n} has no segmentation, so there are no masks to compare; evaluate the boxes')
+        m['segmentation'] = a['segmentation']
+        if size: m['area'] = float(area(a['segmentation']))
+
 # %% ../nbs/15_evaluate.ipynb #c024
-def _precision_recall_arrays(truth, found, backend, max_dets):
+def _precision_recall_arrays(truth, found, backend, max_dets, masks=False):
     "COCO's precision (T,R,K,A,M) and recall (T,K,A,M): IoU thresholds, recalls, classes, areas, detections an image; and the class ids."
     if backend not in ('faster','pycocotools'): raise InputError(f"backend {backend!r} does not exist; take 'faster' or 'pycocotools'")
     if backend == 'faster' and importlib.util.find_spec('faster_coco_eval') is None: backend = 'pycocotools'    # the same numbers, later
@@ -107,7 +120,7 @@ def _precision_recall_arrays(truth, found, backend, max_dets):
     with contextlib.redirect_stdout(io.StringIO()):                   # both talk a lot
         gt, dt = COCO(), COCO()
         for coco,data in ((gt,truth), (dt,found)): coco.dataset = data; coco.createIndex()
-        e = COCOeval(gt, dt, iouType='bbox'); e.params.maxDets = sorted(max_dets)
+        e = COCOeval(gt, dt, iouType='segm' if masks else 'bbox'); e.params.maxDets = sorted(max_dets)
         e.evaluate(); e.accumulate()
     return e.eval['precision'], e.eval['recall'], list(e.params.catIds)
 
@@ -122,12 +135,13 @@ def evaluate_coco(
     results:list,            # COCO results, see `coco_results`
     backend:str='faster',    # 'faster' (faster-coco-eval if installed) or 'pycocotools', the definition; the numbers are the same
     max_dets=(1,10,100),     # detections an image that the recalls, and (the largest) AP, may use
+    masks:bool=False,        # compare masks (`segmentation` of both) in place of boxes
 )->dict: # AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl, and 'per_class': {name: {'AP', 'AP50'}}; -1 where there is no object
     "COCO's twelve numbers and each class's AP."
-    truth, found = _plain(ground_truth, results)
+    truth, found = _plain(ground_truth, results, masks)
     if not truth['images'] or not truth['categories']:
         raise InputError('ground truth: it has no images or no categories, so there is nothing to evaluate')
-    P, R, ids = _precision_recall_arrays(truth, found, backend, max_dets)
+    P, R, ids = _precision_recall_arrays(truth, found, backend, max_dets, masks)
     m = {'AP':_mean(P[...,0,-1]), 'AP50':_mean(P[0,...,0,-1]), 'AP75':_mean(P[5,...,0,-1])}
     m |= {f'AP{s}':_mean(P[...,i,-1]) for i,s in enumerate('sml',1)}
     m |= {f'AR{n}':_mean(R[...,0,i]) for i,n in enumerate(sorted(max_dets))} | {f'AR{s}':_mean(R[...,i,-1]) for i,s in enumerate('sml',1)}
@@ -142,13 +156,14 @@ def _cell(x, width=10): return f"{'-' if x is None or x < 0 else f'{x:.3f}':>{wi
 def coco_table(
     metrics:dict,        # of `evaluate_coco`
     per_class:bool=True, # with a line a class
+    kind:str='box',      # what is counted: 'box' or 'mask'
 )->str:
     "COCO's numbers as a printable table."
     counts = [k[2:] for k in metrics if k[:2]=='AR' and k[2:].isdigit()]
     head = lambda words: ' '*4 + ''.join(f'{w:>10}' for w in words)
     row = lambda name,keys: f'{name:4}' + ''.join(_cell(metrics.get(k)) for k in keys)
     lines = [head(['all','IoU .50','IoU .75','small','medium','large']), row('AP', ['AP','AP50','AP75','APs','APm','APl']),
-             head([f'{c} box' + ('es' if c!='1' else '') for c in counts] + ['small','medium','large']),
+             head([f'{c} {kind}' + (('es' if kind=='box' else 's') if c!='1' else '') for c in counts] + ['small','medium','large']),
              row('AR', [f'AR{c}' for c in counts] + ['ARs','ARm','ARl'])]
     if metrics['AP'] < 0: lines.append('no object to find in this ground truth: nothing is measured')
     if per_class and (rows := metrics.get('per_class')):
@@ -289,10 +304,19 @@ def rescale_boxes(
 def detecting(
     model,  # a Detector (anything that takes a list of images, if nothing is changed)
     **how,  # nms, score_threshold, nms_threshold, max_detections; None leaves one as it is
-): # images -> list of dicts of boxes, labels, scores
+): # images (and `mask_sizes`, where it draws masks) -> list of dicts of boxes, labels, scores
     "The detector as a function, with some settings of its inference changed."
     how = {k:v for k,v in how.items() if v is not None}
-    return (lambda images: model.detect(images, **how)) if how else model
+    return (lambda images, **more: model.detect(images, **how, **more)) if how or draws_masks(model) else model
+
+def draws_masks(model)->bool: return getattr(getattr(model, 'method', None), 'masks', False)
+
+def with_masks(
+    method,       # a method's name or address
+    options:dict, # of a data set
+)->dict:
+    "Options of a data set for a method: with masks, if it draws some and nothing else is said."
+    return {'masks':True, **options} if method_class(method).masks else options
 
 # %% ../nbs/15_evaluate.ipynb #c060
 @torch.inference_mode()
@@ -307,7 +331,7 @@ def predict_dataset(
     category_ids=None,  # label -> category id of the results; default the data set's own
     rank:int=0, world_size:int=1, # this process among those that share the images
     **how,              # nms, score_threshold, nms_threshold, max_detections in place of the model's
-)->list: # COCO results in pixels of the original images
+)->list: # COCO results in pixels of the original images; with masks, if the method draws some
     "A detector's results on a data set."
     from tqdm import tqdm
     device = next(model.parameters()).device if device is None else torch.device(device)
@@ -317,7 +341,8 @@ def predict_dataset(
     model.to(device).eval()
     try:
         for images,targets in tqdm(loader, desc='predicting', unit='batch', disable=None if progress else True):
-            outputs = detect([i.to(device) for i in images])
+            more = {'mask_sizes':[t['orig_size'] for t in targets]} if draws_masks(model) else {}
+            outputs = detect([i.to(device) for i in images], **more)
             for out,t in zip(outputs, targets, strict=True): out['boxes'] = rescale_boxes(out['boxes'], t['size'], t['orig_size'])
             results += coco_results(outputs, [t['image_id'] for t in targets], ds.category_ids if category_ids is None else category_ids)
     finally: model.train(training)
@@ -394,18 +419,22 @@ def compute_metrics(
     ground_truth:dict, results:list,
     metrics=('coco',), # any of METRICS
     backend:str='faster', max_dets=(1,10,100), # of `evaluate_coco`
-)->dict: # {name: what its function returns}
+)->dict: # {name: what its function returns}; with coco also masks, where both sides have some
     "Several benchmarks' numbers of one list of results."
     how = {'coco':lambda: evaluate_coco(ground_truth, results, backend, max_dets), 'voc':lambda: evaluate_voc(ground_truth, results),
            'voc07':lambda: evaluate_voc(ground_truth, results, points=11), 'crowdhuman':lambda: evaluate_crowdhuman(ground_truth, results)}
-    return {m:how[m]() for m in metrics}
+    found = {m:how[m]() for m in metrics}
+    every = [*ground_truth['annotations'], *results]
+    if 'coco' in metrics and every and all(r.get('segmentation') for r in every): found['masks'] = evaluate_coco(ground_truth, results, backend, max_dets, True)
+    return found
 
 def metrics_text(
     found:dict, # of `compute_metrics`
 )->str:
     "All of it, printable."
     out = []
-    if 'coco' in found: out.append(coco_table(found['coco']))
+    if 'coco' in found: out.append(('boxes\n' if 'masks' in found else '') + coco_table(found['coco']))
+    if 'masks' in found: out.append('masks\n' + coco_table(found['masks'], kind='mask'))
     for k,name in (('voc','VOC mAP (area)'), ('voc07','VOC mAP (11 points)')):
         if k in found:
             out.append(f"{name}: {found[k]['mAP']:.3f}   " + ', '.join(f'{shown(n)} {_cell(v,0)}' for n,v in found[k]['per_class'].items()))
@@ -491,7 +520,7 @@ def evaluate_run(
     config = run_config(run); trained = config.get('train', {})
     own = trained.get('data','shapes'); data, split = own if data is None else data, split or trained.get('val_split','val')
     if data_options is None: data_options = trained.get('data_options', {}) if Path(data).absolute() == Path(own).absolute() else {}
-    ds = load_dataset(data, split, **data_options)
+    ds = load_dataset(data, split, **with_masks(method or config['detector']['method'], data_options))
     truth = ds.ground_truth(); ids = match_classes(config['classes'], ds, {a['category_id'] for a in truth['annotations']})
     truth['categories'] = [dict(id=i, name=c) for i,c in zip(ids, config['classes'])]
     if all(a.get('iscrowd') for a in truth['annotations']):

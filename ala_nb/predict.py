@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_image', 'predict_batches', 'predict', 'draw_detections', 'find_images', 'check_inputs', 'data_set_entries',
-           'data_set_ids', 'annotated_frames', 'picture_names', 'staging', 'check_out', 'predict_files', 'make_parser',
-           'main']
+           'data_set_ids', 'annotated_frames', 'picture_names', 'staging', 'check_out', 'mask_entries', 'predict_files',
+           'make_parser', 'main']
 
 # %% ../nbs/18_predict.ipynb #c002
 import argparse, contextlib, itertools, math, os, shutil, sys, tempfile
@@ -20,7 +20,8 @@ from .files import SUFFIXES, _mismatch, check_faults, error_text, image_info, na
 from .formats import as_id, as_whole, map_classes
 from .data import eval_transforms, font_for
 from .detector import load_detector
-from .evaluate import (Parser, _share, add_inference, detecting, exit_code, finite_outputs, pick_device,
+from .masks import encode_masks, mask_polygons
+from .evaluate import (Parser, _share, add_inference, detecting, draws_masks, exit_code, finite_outputs, pick_device,
     rescale_boxes, run_config, run_sizes,
     underscored, write_json)
 
@@ -58,12 +59,13 @@ def predict_batches(
     size=None, max_size=None, # px: short side, limit of the long side; None leaves images as they are
     batch_size:int=8,
     **how,           # nms, score_threshold, nms_threshold, max_detections in place of the model's
-): # yields, for each image, its RGB bytes (3, H, W) and, on the CPU, boxes (D,4) xyxy px of the image, labels (D,), scores (D,)
+): # yields, for each image, its RGB bytes (3, H, W) and, on the CPU, boxes (D,4) xyxy px of the image, labels (D,), scores (D,); masks (D,H,W) bool of a method that draws some
     "Predict a stream of images."
     transform, device, detect = eval_transforms(size, max_size), next(model.parameters()).device, detecting(model, **how)
     def work(batch):
         small = [transform(tv_tensors.Image(x)).as_subclass(torch.Tensor).to(device) for x in batch]
-        for x,s,out in zip(batch, small, detect(small), strict=True):
+        more = {'mask_sizes':[tuple(x.shape[-2:]) for x in batch]} if draws_masks(model) else {}
+        for x,s,out in zip(batch, small, detect(small, **more), strict=True):
             out = {k:v.cpu() for k,v in out.items()}
             yield x, {**out, 'boxes':rescale_boxes(out['boxes'], s.shape[-2:], x.shape[-2:])}
     batch = []
@@ -79,7 +81,7 @@ def predict(
     batch_size:int=8,
     device:str='auto', # for a run directory; a Detector stays where it is
     **how,           # nms, score_threshold, nms_threshold, max_detections in place of the model's
-)->list: # for each image a dict of boxes (D,4) xyxy px, labels (D,), scores (D,), and names (D,) if the classes are known
+)->list: # for each image a dict of boxes (D,4) xyxy px, labels (D,), scores (D,), names (D,) if the classes are known, masks (D,H,W) bool if some are drawn
     "Detections in images."
     if isinstance(model, (str, os.PathLike)):
         size, max_size = run_sizes(run_config(model), size, max_size)
@@ -95,13 +97,13 @@ def predict(
 # %% ../nbs/18_predict.ipynb #c013
 def draw_detections(
     image,           # uint8 (3, H, W)
-    found:dict,      # boxes (D,4) xyxy px, labels (D,), scores (D,) or None
+    found:dict,      # boxes (D,4) xyxy px, labels (D,), scores (D,) or None; perhaps masks (D,H,W) bool
     classes:list,    # names of the labels
     enlarge:int=400, # px: smaller pictures are enlarged by a whole factor until their long side reaches it
 )->Image.Image:
     "The image with its boxes, names and scores; the best ones on top."
     f = max(1, math.ceil(enlarge/max(image.shape[-2:])))
-    im = Image.fromarray(image.permute(1,2,0).cpu().numpy()); im = im.resize((im.width*f, im.height*f), Image.NEAREST) if f>1 else im
+    im = Image.fromarray(_with_masks(image, found)); im = im.resize((im.width*f, im.height*f), Image.NEAREST) if f>1 else im
     from ala_nb.show import colour, contrast            # matplotlib is loaded by whoever draws
     draw, short = ImageDraw.Draw(im), min(im.size)
     letters = ''.join(sorted(set(''.join(map(shown, classes)))))
@@ -116,6 +118,18 @@ def draw_detections(
         x,y = min(max(x1,0), max(im.width-w,0)), y1-h if y1>=h else min(y1+line, max(im.height-h,0))
         draw.rectangle((x,y,x+w,y+h), fill=c); draw.text((x+2,y+1), words, fill={'k':'black','w':'white'}[contrast(c)], font=font)
     return im
+
+def _with_masks(image, found, share=.45):
+    "The image's bytes (H, W, 3), each mask mixed with the colour of its class; the best on top."
+    from ala_nb.show import colour
+    from matplotlib.colors import to_rgb
+    pixels = image.permute(1,2,0).cpu().numpy()
+    if 'masks' not in found or not len(found['masks']): return pixels
+    tint, covered = pixels.astype(np.float32), np.zeros(pixels.shape[:2], bool)
+    for m,l in zip(found['masks'].cpu().numpy(), found['labels'].tolist()):          # the best first: what it covers stays its own
+        own = m & ~covered; covered |= m
+        tint[own] = (1-share)*tint[own] + share*255*np.array(to_rgb(colour(l)))
+    return (tint+.5).astype(np.uint8)
 
 def _font(px, text=''):
     "A scalable font that has the letters of `text`, or matplotlib's, which is always there."
@@ -285,6 +299,15 @@ def check_out(
     return out
 
 # %% ../nbs/18_predict.ipynb #c028a
+def mask_entries(
+    dets:dict,     # of one image: boxes, and perhaps masks (D, H, W) bool
+    polygons:bool=False,
+)->list: # of D dicts: segmentation and area (px²), empty without masks
+    "What COCO's JSON says of masks."
+    if 'masks' not in dets: return [{}]*len(dets['boxes'])
+    codes = [mask_polygons(m) for m in dets['masks'].numpy()] if polygons else encode_masks(dets['masks'])
+    return [dict(segmentation=c, area=int(m.sum())) for c,m in zip(codes, dets['masks'])]
+
 def predict_files(
     run,             # run directory
     inputs,          # files and folders
@@ -295,6 +318,7 @@ def predict_files(
     annotations=None,     # COCO JSON of a data set whose ids the results shall have
     method=None,     # name or 'package.module:Class'; None: the run's
     pictures:bool=True,   # False: the JSON alone
+    polygons:bool=False,  # masks as polygons, not as run lengths
     overwrite:bool=False, skip_unreadable:bool=False, progress:bool=False,
     **how,           # nms, nms_threshold, max_detections
 )->dict: # what predictions.json holds
@@ -322,11 +346,11 @@ def predict_files(
         for (image,dets),f,name,i in zip(stream, readable, names, ids):
             rows.append(dict(id=i, file_name=str(f), width=image.shape[2],
                 height=image.shape[1]) | (dict(picture=name) if name else {}))
-            for (x1,y1,x2,y2),l,s in zip(dets['boxes'].double().tolist(), dets['labels'].tolist(),
-                dets['scores'].tolist()):
+            for (x1,y1,x2,y2),l,s,mask in zip(dets['boxes'].double().tolist(), dets['labels'].tolist(),
+                dets['scores'].tolist(), mask_entries(dets, polygons)):
                 found.append(dict(id=len(found)+1, image_id=i, category_id=categories[l], bbox=[x1,y1,x2-x1,y2-y1],
                     score=s,
-                    area=(x2-x1)*(y2-y1), iscrowd=0))
+                    area=(x2-x1)*(y2-y1), iscrowd=0) | mask)
             if name:
                 with naming(out/name):
                     draw_detections(image, dets, classes).save(stage/name, **({} if name.endswith('.png')
@@ -351,6 +375,7 @@ def make_parser():
     o.add_argument('--overwrite', action='store_true', help='write over predictions.json and over pictures of the same names; whatever else is there stays')
     o.add_argument('--pictures', action=argparse.BooleanOptionalAction, default=True,
         help='with or without pictures, or the JSON alone [with]')
+    o.add_argument('--polygons', action='store_true', help='masks (of a method that draws some) as polygons in the JSON [as run lengths]')
     o.add_argument('--annotations', metavar='FILE', help="COCO JSON of a data set; the results take its image and category ids")
     i = p.add_argument_group('input')
     i.add_argument('--skip_unreadable', action='store_true',

@@ -19,6 +19,7 @@ SIZES = (120, 150), (128, 160)     # H, W px: both are padded to 128 x 160
 MIXED = (120, 150), (60, 90)       # the second ends early: padded to 64 x 96 by itself
 K = 5
 BOXES = [[[10, 12, 90, 100, 1], [60, 30, 140, 110, 3], [100, 5, 131, 40, 0], [20, 70, 36, 90, 1]], [[0, 0, 160, 128, 2], [40, 50, 70, 95, 4], [90, 60, 150, 120, 4]]]
+FEW = 14                           # masks of an image where few are drawn
 HEAD = dict(stacked_convs=2, feat_channels=64, in_channels=64)
 
 
@@ -55,13 +56,23 @@ def targets(name:str=''):
     scale = [.5 if name.endswith('_mixed') and i else 1. for i in range(len(BOXES))]       # into the smaller image
     return [dict(boxes=torch.tensor(b, dtype=torch.float64)[:, :4]*f, labels=torch.tensor(b)[:, 4]) for b, f in zip(BOXES, scale)]
 
+def masks()->list: # (G, H, W) bool, rings in the boxes
+    "A ring in every box; the last one of the second image is cut off on the right."
+    out = []
+    for t, (h, w) in zip(targets(), SIZES):
+        y, x = torch.meshgrid(torch.arange(h)+.5, torch.arange(w)+.5, indexing='ij')
+        x1, y1, x2, y2 = (v.view(-1, 1, 1) for v in t['boxes'].unbind(1))
+        r2 = ((2*x-x1-x2)/(x2-x1))**2 + ((2*y-y1-y2)/(y2-y1))**2
+        out.append((r2 <= 1) & (r2 > .2) & (x < .45*x1+.55*x2))
+    return out
+
 def total(losses): return sum(sum(v) if isinstance(v, (list, tuple)) else v for k, v in losses.items() if 'loss' in k or k in ('classification', 'bbox_regression', 'bbox_ctrness'))
 
 @contextmanager
 def no_float():
-    "mmdetection casts to float32 here and there; here float64 stays float64."
+    "mmdetection casts to float32 here and there; here it casts to float64."
     old = torch.Tensor.float
-    torch.Tensor.float = lambda self: self if self.dtype == torch.float64 else old(self)
+    torch.Tensor.float = lambda self: self.double()
     try: yield
     finally: torch.Tensor.float = old
 
@@ -88,7 +99,7 @@ class StarConv(nn.Conv2d):
 def settings(name:str)->dict:
     "mmdetection's model settings, its published ones but for depth and width."
     name = name.removesuffix('_mixed')
-    caffe = name not in ('atss', 'gfl', 'vfnet')
+    caffe = name not in ('atss', 'gfl', 'vfnet', 'condinst', 'condinst_few')
     focal = dict(type='FocalLoss', use_sigmoid=True, gamma=2., alpha=.25, loss_weight=1.)
     bce = dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.)
     depth = 50 if name == 'autoassign' else 18
@@ -114,6 +125,15 @@ def settings(name:str)->dict:
         return dict(c, type='ATSS', train_cfg=train, bbox_head=dict(type='ATSSHead', num_classes=K, loss_cls=focal, loss_bbox=dict(type='GIoULoss', loss_weight=2.), loss_centerness=bce,
             anchor_generator=anchors,
             bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.]*4, target_stds=[.1, .1, .2, .2]), **HEAD))
+    if name.startswith('condinst'):
+        mask = dict(type='CondInstMaskHead', num_layers=3, feat_channels=8, size_of_interest=8, mask_out_stride=4, max_masks_to_train=300,
+            mask_feature_head=dict(in_channels=64, feat_channels=24, start_level=0, end_level=2, out_channels=8, mask_stride=8, num_stacked_convs=2, norm_cfg=dict(type='BN', requires_grad=True)),
+            loss_mask=dict(type='DiceLoss', use_sigmoid=True, activate=True, eps=5e-6, loss_weight=1.))
+        if name == 'condinst_few': mask.update(max_masks_to_train=-1, topk_masks_per_img=FEW)
+        box = dict(type='CondInstBboxHead', num_params=169, num_classes=K, strides=strides, norm_on_bbox=True, centerness_on_reg=True, dcn_on_last_conv=False, center_sampling=True,
+                   conv_bias=True, loss_cls=focal, loss_bbox=dict(type='GIoULoss', loss_weight=1.), loss_centerness=bce, **HEAD)
+        c['test_cfg']['mask_thr'] = .5
+        return dict(c, type='CondInst', bbox_head=box, mask_head=mask)
     improved = dict(norm_on_bbox=True, centerness_on_reg=True, dcn_on_last_conv=False, center_sampling=True, conv_bias=True, loss_bbox=dict(type='GIoULoss', loss_weight=1.))
     return dict(c, type='FCOS', bbox_head=dict(type='FCOSHead', num_classes=K, strides=strides, loss_cls=focal, loss_centerness=bce,
                                                **(improved if name == 'fcos' else dict(loss_bbox=dict(type='IoULoss', loss_weight=1.))), **HEAD))
@@ -139,11 +159,13 @@ class MMDet:
 
     def batch(self):
         from mmdet.structures import DetDataSample
+        from mmdet.structures.mask import BitmapMasks
         from mmengine.structures import InstanceData
         samples = []
-        for t, (h, w) in zip(targets(self.name), sizes(self.name)):
+        for t, (h, w) in zip(our_targets(self.name), sizes(self.name)):
             s = DetDataSample(metainfo=dict(img_shape=(h, w), ori_shape=(h, w), scale_factor=(1., 1.)))
             s.gt_instances = InstanceData(bboxes=t['boxes'], labels=t['labels']); samples.append(s)
+            if 'masks' in t: s.gt_instances.masks = BitmapMasks(t['masks'].numpy().astype(np.uint8), h, w)
         return self.model.data_preprocessor(dict(inputs=[im.flip(0).clone() for im in images(self.name)], data_samples=samples), True)
 
     def losses(self):
@@ -158,11 +180,12 @@ class MMDet:
         with no_float():
             d = self.batch()
             out = self.model.predict(d['inputs'], d['data_samples'], rescale=False)
-        return [dict(boxes=o.pred_instances.bboxes, scores=o.pred_instances.scores, labels=o.pred_instances.labels) for o in out]
+        return [dict(boxes=o.pred_instances.bboxes, scores=o.pred_instances.scores, labels=o.pred_instances.labels,
+                     **({'masks': o.pred_instances.masks} if 'masks' in o.pred_instances else {})) for o in out]
 
     def head(self): # class, box and third (GFL: distributions, VFNet: refined boxes) maps of the last call, in training
         o = [list(x) for x in self.outs['o']]
-        return o[0], o[1], o[-1]
+        return o[0], o[1], o[min(2, len(o)-1)]
 
 
 # ---- torchvision
@@ -195,23 +218,26 @@ class TorchVision:
         cut = lambda x: [y.transpose(1, 2).reshape(len(y), -1, *s) for y, s in zip(x.split([h*w for h, w in sizes], 1), sizes)]
         return [cut(o[k]) for k in ('cls_logits', 'bbox_regression', 'bbox_ctrness')]
 
-CASES = dict(autoassign=MMDet, fcos_v1=MMDet, fcos=MMDet, atss=MMDet, atss_mixed=MMDet, gfl=MMDet, vfnet=MMDet, torchvision=TorchVision)
+CASES = dict(autoassign=MMDet, fcos_v1=MMDet, fcos=MMDet, atss=MMDet, condinst=MMDet, condinst_few=MMDet, atss_mixed=MMDet, gfl=MMDet, vfnet=MMDet, torchvision=TorchVision)
 
 # ---- ours beside them
 
-STYLE = dict(autoassign='caffe', fcos_v1='caffe', fcos='caffe', atss='pytorch', atss_mixed='pytorch', gfl='pytorch', vfnet='pytorch', torchvision='pytorch')
+STYLE = dict(autoassign='caffe', fcos_v1='caffe', fcos='caffe', atss='pytorch', condinst='pytorch', condinst_few='pytorch', atss_mixed='pytorch', gfl='pytorch', vfnet='pytorch', torchvision='pytorch')
 LOSSES = dict(loss_reg='loss_bbox', loss_branch='loss_centerness') # ours -> theirs
 VFNET = dict(loss_coarse='loss_bbox', loss_reg='loss_bbox_rf')
 
 def ours(name:str, state:dict):
     "Our detector with an official state's weights."
     from ala_nb.convert import convert_state
-    model, left = convert_state(state, form=name.removesuffix('_mixed'), style=STYLE[name])
+    model, left = convert_state(state, form=name.removesuffix('_mixed').removesuffix('_few'), style=STYLE[name])
     assert not left, left
     if name == 'torchvision': model._config['score_threshold'] = .05
+    if name == 'condinst_few': model.method.masks_per_image = FEW
     return model
 
-def our_targets(name): return [dict(t, labels=t['labels']+(name == 'torchvision')) for t in targets(name)]
+def our_targets(name):
+    out = [dict(t, labels=t['labels']+(name == 'torchvision')) for t in targets(name)]
+    return [dict(t, masks=m) for t, m in zip(out, masks())] if name.startswith('condinst') else out
 
 def our_losses(name, model):
     losses = model.train()([im/255 for im in images(name)], our_targets(name))
@@ -255,6 +281,7 @@ def check(name:str, steps:int=20)->dict:
     found, truth = (model.eval().detect([im/255 for im in alone]), theirs.detections()) if alone else ([], [])
     same = all(len(f['scores']) == len(t['scores']) and torch.equal(f['labels'], t['labels']) for f, t in zip(found, truth))
     out['detections'] = max(max(apart(f[k], t[k]) for k in ('boxes', 'scores')) for f, t in zip(found, truth)) if same and alone else 0. if same else float('inf')
+    if 'masks' in truth[0]: out['mask pixels that differ'] = sum(int((f['masks'] != t['masks']).sum()) for f, t in zip(found, truth)) if same else float('inf')
     sgd = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 1e-3, .9) for m in (theirs.model, model)]
     for _ in range(steps):
         for o, losses in zip(sgd, (theirs.losses, lambda: our_losses(name, model))): o.zero_grad(); total(losses()).backward(); o.step()
@@ -275,7 +302,7 @@ def record(losses:dict, features:list, cls:list, third:list, grads:dict, found:l
     for i, (f, c, t) in enumerate(zip(features, cls, third)):
         for kind, x in (('feature', f), ('class', c), ('third', t)): out[f'{kind}_{i}'] = probe(f'{kind}.weight', x.detach())
     out |= {f'grad_{k}': probe(k, g) for k, g in grads.items()}
-    for i, d in enumerate(found): out |= {f'{k}_{i}': d[k].detach().numpy() for k in ('boxes', 'scores', 'labels')}
+    for i, d in enumerate(found): out |= {f'{k}_{i}': d[k].detach().numpy() for k in ('boxes', 'scores', 'labels')} | ({f'masks_{i}': np.packbits(d['masks'].numpy())} if 'masks' in d else {})
     return {k: np.asarray(v) for k, v in out.items()}
 
 def maps_of(preds, what): # predictions (B, C, P) as maps of levels
@@ -304,7 +331,7 @@ def state_of(kept)->dict:
     "The official weights that kept numbers belong to, drawn again."
     return {k: drawn(k, torch.zeros(shape, dtype=getattr(torch, dtype.split('.')[1]))) for k, (shape, dtype) in json.loads(bytes(kept['state'])).items()}
 
-LIMITS = {'features': 1e-9, 'class': 1e-9, 'third': 1e-9, 'losses': 1e-9, 'gradients': 1e-9, 'without gradient in one': 0, 'detections': 1e-9}
+LIMITS = {'features': 1e-9, 'class': 1e-9, 'third': 1e-9, 'losses': 1e-9, 'gradients': 1e-9, 'without gradient in one': 0, 'detections': 1e-9, 'mask pixels that differ': 0}
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

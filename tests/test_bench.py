@@ -7,7 +7,7 @@ from ala_nb import bench as B
 from ala_nb import dense as D
 from ala_nb.geometry import InputError, level_sizes
 from ala_nb.losses import ClassTable, dense_negative
-from ala_nb.methods import HeadSpec, available, build
+from ala_nb.methods import HeadSpec, box_methods, build
 from ala_nb.pairs import Objects, Predictions, inside_pairs
 
 TINY = ['--image', '64x96', '--classes', '4', '--rounds', '1', '--backbone', 'tiny', '--batch', '1']
@@ -84,7 +84,7 @@ def test_dense_forms_equal_their_methods_all_through_training(name, progress):
 
 def test_every_name_runs_or_says_why():
     b = D.coco_like(2, 3, (96, 160), 4)
-    for loss in available():
+    for loss in box_methods():
         for name in [loss, *B.peers_of(loss)]:
             try: B.make_run(name, b)()
             except B.Unavailable as e: assert 'mmdet' in str(e) or 'imported' in str(e), name
@@ -181,7 +181,7 @@ def test_subcommands(what, more, tmp_path):
 def test_all_methods_several_measurements_and_no_peers(tmp_path):
     code, said, complaints = command('losses', 'step', *TINY, '--peers', '--out', tmp_path)
     assert code == 0, complaints
-    for what in ('losses', 'step'): assert {r['method'] for r in B.read_rows(tmp_path/f'bench_{what}.csv')} == {*available()}
+    for what in ('losses', 'step'): assert {r['method'] for r in B.read_rows(tmp_path/f'bench_{what}.csv')} == {*box_methods()}
 
 @pytest.mark.parametrize('argv, names', [(['--image', '800'], '800'), (['--image', '0x800'], '0x800'), (['--methods', 'fcoss'], "'fcos'"),
     (['--objects', 'many'], 'many'), (['--objects', '-3'], '-3'), (['--batch', '0'], '0'), (['speed'], 'speed'),
@@ -213,7 +213,7 @@ def gradients(name, b, progress=.5, **options):
 
 def same(a, b): return len(a) == len(b) and all(x is y if x is None or y is None else torch.equal(x, y) for x, y in zip(a, b))
 
-@pytest.mark.parametrize('name', available())
+@pytest.mark.parametrize('name', box_methods())
 def test_deterministic(name):
     b = D.draw_batch((60, 0, 9), (160, 224), 4, torch.Generator().manual_seed(0), 40., .8)
     try:

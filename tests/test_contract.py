@@ -3,13 +3,13 @@ import dataclasses
 import pytest, torch
 from ala_nb import bench as B
 from ala_nb.geometry import centerness
-from ala_nb.methods import available, build
+from ala_nb.methods import box_methods, build
 from ala_nb.pairs import Objects
 
 FORMS = dict(ala=[dict(variant='paper'), dict(one_to_one=True), dict(variant='paper', one_to_one=True)], atss=[dict(variant='released'), dict(variant='mmdet')],
              autoassign=[dict(variant='paper')], ciou_atss=[dict(variant='released')], dw=[dict(variant='paper')], o2f=[dict(variant='paper')],
              gfl=[dict(pred_weight=1.)], gflv2=[dict(pred_weight=1.)], vfnet=[dict(pred_weight=1.)], tood=[dict(warmup=0.), dict(warmup=0., task_head=False)])
-METHODS = [(name, options) for name in available() for options in [{}, *FORMS.get(name, [])]]
+METHODS = [(name, options) for name in box_methods() for options in [{}, *FORMS.get(name, [])]]
 title = lambda name, options: ' '.join([name, *(v if isinstance(v, str) else k for k, v in options.items())])
 each = pytest.mark.parametrize('name,options', METHODS, ids=[title(*m) for m in METHODS])
 def named(fields, cases):
@@ -161,7 +161,7 @@ def test_an_empty_image_changes_only_its_divisors(name, options, at):
 # ---- the naive form over varied draws
 
 def dense_cases():
-    for name in available():
+    for name in box_methods():
         for kind in [*KINDS, 'none']:
             if (name, kind) == ('o2f', 'twins'): continue
             for K in (3, 365) if kind == 'rivals' else (1, 3, 365):

@@ -31,7 +31,7 @@ def test_command_writes_a_run(case, tmp_path, capsys):
     name, kept, state = case
     if name in ('autoassign', 'atss_mixed'): pytest.skip('the others show it')
     torch.save(dict(state_dict={k: v.float() for k, v in state.items()}, meta=dict(dataset_meta=dict(classes=tuple('abcde')))), tmp_path/'x.pth')
-    assert C.main([str(tmp_path/'x.pth'), '--form', name, '--style', 'pytorch', '--out', str(tmp_path/'run')]) == 0
+    assert C.main([str(tmp_path/'x.pth'), '--form', name.removesuffix('_few'), '--style', 'pytorch', '--out', str(tmp_path/'run')]) == 0
     assert sorted(p.name for p in (tmp_path/'run').iterdir()) == ['best.safetensors', 'config.json', 'last.safetensors']
     model = load_detector(tmp_path/'run')
     assert model.classes == list('abcde') if name != 'torchvision' else model.classes[0] == 'background'

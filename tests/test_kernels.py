@@ -6,13 +6,13 @@ from hypothesis import given, settings, strategies as st
 from ala_nb import kernels
 from ala_nb.dense import made_up
 from ala_nb.losses import ClassTable, dense_negative
-from ala_nb.methods import available, build
+from ala_nb.methods import box_methods, build
 from ala_nb.pairs import Objects, Predictions, inside_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_numba = pytest.mark.skipif(kernels.numba is None, reason='numba is not installed')
 SIZES, STRIDES = [(9, 13), (5, 7), (3, 4)], (8, 16, 32)
-METHODS_HERE = [n for n in available() if n != 'ala']                     # ala asks for a property branch as well
+METHODS_HERE = [n for n in box_methods() if n != 'ala']                     # ala asks for a property branch as well
 
 def batch(seed, counts, K=4, spread=3., last=False):
     "Leaves (maps) and targets: some boxes hold no location, some one, some share a class."
