@@ -27,7 +27,8 @@ class Objects:
         image:Tensor,  # (N,) int64, 0 ... B-1, non-decreasing
         n_images:int,  # B
         masks:list=None, # of B tensors (G, H, W) bool or uint8, px of each image; None: not known
-    ): self.boxes, self.labels, self.image, self.n_images, self.masks = boxes, labels, image, n_images, masks
+        centers:Tensor=None, # (N, 2) px x, y: what center regions lie around; None: the middles of the boxes
+    ): self.boxes, self.labels, self.image, self.n_images, self.masks, self.centers = boxes, labels, image, n_images, masks, centers
 
     @classmethod
     def from_targets(cls,
@@ -55,7 +56,8 @@ class Objects:
         "The same objects on the device of `like`, boxes in its dtype."
         dev = like.device
         masks = None if self.masks is None else [m.to(dev) for m in self.masks]
-        return Objects(self.boxes.to(dev, like.dtype), self.labels.to(dev), self.image.to(dev), self.n_images, masks)
+        centers = None if self.centers is None else self.centers.to(dev, like.dtype)
+        return Objects(self.boxes.to(dev, like.dtype), self.labels.to(dev), self.image.to(dev), self.n_images, masks, centers)
 
 # %% ../nbs/01_pairs.ipynb #c010
 def check_shapes(targets:Sequence[dict])->None:
@@ -314,11 +316,11 @@ def center_pairs(
     radius:float=1.5, # half side of the square around the center, in strides of the level
     clip:bool=True,   # also strictly inside the box
 )->Pairs:
-    "Locations strictly inside a square around each object's center, on all levels."
+    "Locations strictly inside a square around each object's center (`objects.centers`, or the box's middle), on all levels."
     objects = objects.to(preds.points)
     b = objects.boxes[:,None]
     reach = radius*preds.levels(b.dtype)[1][None,:,None]
-    center = (b[...,:2]+b[...,2:])/2
+    center = (b[...,:2]+b[...,2:])/2 if objects.centers is None else objects.centers[:,None]
     lo, hi = center-reach, center+reach
     if clip: lo, hi = torch.maximum(lo, b[...,:2]), torch.minimum(hi, b[...,2:])
     return rectangle_pairs(preds, objects, lo, hi)
