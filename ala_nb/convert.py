@@ -26,6 +26,7 @@ FORMS = dict(
                  nms_threshold=.5, **BY_CLASS),
     fcos=dict(method='fcos', method_options=dict(variant='mmdet'), head_options=dict(box_activation='relu'),
               **BY_CLASS),
+    condinst=dict(method='condinst', method_options=dict(variant='mmdet', masks_per_image=300), head_options=dict(box_activation='relu'), **BY_CLASS),
     atss=dict(method='atss', method_options=dict(variant='mmdet', ignore_padding=True), **ANCHORS, **BY_CLASS),
     atss_authors=dict(method='atss', method_options=dict(variant='released'), select_by='class', **ANCHORS),
     dynamic_atss=dict(method='ciou_atss', method_options=dict(variant='released'), select_by='class', **ANCHORS),
@@ -50,6 +51,7 @@ def guess_form(
     if source == 'cvpods': return 'autoassign_cvpods'
     if source == 'atss': return 'dynamic_atss' if has('rpn.head.iou') else 'atss_authors'
     if has('bbox_head.inter_convs'): return 'tood'
+    if has('bbox_head.controller'): return 'condinst'
     if has('bbox_head.reg_offset'): return 'dw'
     if has('bbox_head.centerness_convs'): return 'o2f'
     if has('bbox_head.center_prior'): # DW's is fixed at (0, 1.11), AutoAssign's is learned
@@ -122,6 +124,7 @@ def detector_options(
     head = o.setdefault('head_options', {})
     head['tower_bias'] = first.replace('weight', 'bias').replace('box', 'cls') in state
     if form == 'tood': head['options'] = dict(tower=dict(layers=o['head_convs']))
+    if form == 'condinst': o['method_options'].update(mask_channels=state['head.mask_features.weight'].shape[1], mask_convs=len({k.split('.')[2] for k in state if k.startswith('head.mask_tower.')}))
     if f"head.cls_tower.{3*(o['head_convs']-1)}.conv_offset.weight" in state: head['deform_last'] = True
     return o
 

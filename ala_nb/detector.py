@@ -776,7 +776,8 @@ def detections(
     topk:int=1000,           # at most so many a level before NMS
     max_detections:int=100,  # at most so many an image
     select_by:str='score',   # what must exceed the threshold, and `topk` go by: 'score', or 'class' score alone
-)->list: # a dict an image: 'boxes' (D, 4) xyxy px, 'labels' (D,) int64, 'scores' (D,), best first
+    mask_sizes:Sequence=None, # [(H, W), ...] px of the masks of a method that draws some; None: no masks
+)->list: # a dict an image: 'boxes' (D, 4) xyxy px, 'labels' (D,) int64, 'scores' (D,), best first; 'masks' (D, H, W) bool
     "Detections of a batch."
     with torch.autocast(preds.device.type, enabled=False):
         preds = preds.full_precision()
@@ -784,13 +785,14 @@ def detections(
         found = find(preds, method, topk, score_threshold, select_by)
         if find is top_scores: found = zip(*found)
     out = []
-    for planes,(h,w),(s,l,at) in zip(preds.distance_planes, sizes, found):
+    for i,(planes,(h,w),(s,l,at)) in enumerate(zip(preds.distance_planes, sizes, found)):
         good = s >= 0; s, l, at = s[good], l[good], at[good]
         b = distances_to_boxes(preds.points[at], planes[:,at].t()).clamp(min=0).minimum(preds.points.new_tensor((w,h,w,h)))
-        good = (b[:,2:] > b[:,:2]).all(1); b, s, l = b[good], s[good], l[good]
+        good = (b[:,2:] > b[:,:2]).all(1); b, s, l, at = b[good], s[good], l[good], at[good]
         keep = batched_nms(b, s, l, nms_threshold) if (method.nms if nms is None else nms) else s.argsort(descending=True, stable=True)
         keep = keep[:max_detections]
         out.append(dict(boxes=b[keep], labels=l[keep], scores=s[keep]))
+        if mask_sizes is not None: out[-1]['masks'] = method.draw(preds, i, at[keep], (h,w), mask_sizes[i])
     return out
 
 # %% ../nbs/05_detector.ipynb #c058a
@@ -812,6 +814,9 @@ NAMES = dict(
            (r'bbox_head\.reg_conf\.(\d)\.', r'head.quality.\1.'), (r'bbox_head\.integral\.project$', ''), (r'bbox_head\.vfnet_reg_conv\.conv\.', 'head.box_convs.0.'),
            (r'bbox_head\.vfnet_reg_conv\.gn\.', 'head.box_convs.1.'), (r'bbox_head\.vfnet_reg_refine_dconv\.', 'head.box_star.'), (r'bbox_head\.vfnet_reg_refine\.', 'head.correct.'),
            (r'bbox_head\.vfnet_cls_dconv\.', 'head.cls_star.'), (r'bbox_head\.scales_refine\.(\d)\.scale$', r'head.correct_scales.factor.\1'),
+           (r'bbox_head\.controller\.', 'head.controller.'), (r'mask_head\.mask_feature_head\.conv_pred\.', 'head.mask_features.'),
+           (r'mask_head\.mask_feature_head\.convs_all_levels\.(\d)\.conv\d\.(conv|bn)\.', lambda m: f"head.mask_levels.{m[1]}.{int(m[2] == 'bn')}."),
+           (r'mask_head\.mask_feature_head\.conv_branch\.(\d)\.(conv|bn)\.', lambda m: f"head.mask_tower.{m[1]}.{int(m[2] == 'bn')}."),
            (r'bbox_head\.scales\.(\d)\.scale$', r'head.scales.\1'), (r'bbox_head\.center_prior\.mean$', 'method.mu'), (r'bbox_head\.center_prior\.sigma$', 'method.sigma')],
     torchvision=[(r'backbone\.body\.', 'body.'), (r'backbone\.fpn\.extra_blocks\.p6\.', 'pyramid.fpn.extra_blocks.convs.0.'), (r'backbone\.fpn\.extra_blocks\.p7\.', 'pyramid.fpn.extra_blocks.convs.1.'),
                  (r'backbone\.fpn\.', 'pyramid.fpn.'), (r'head\.classification_head\.conv\.', 'head.cls_tower.'), (r'head\.classification_head\.cls_logits\.', 'head.cls.'),
@@ -1165,9 +1170,11 @@ def assign(self:Detector,
 def detect(self:Detector,
     images:Sequence[Tensor], # (3, H, W) each, 0 ... 1
     nms:bool=None,           # None: as configured
-    scales:Sequence[int]=None, max_size:int=None, flip:bool=None, # see `detect_scales`
+    scales:Sequence[int]=None, max_size:int=None, flip:bool=None, # see `detect_scales`; it gives no masks
+    masks:bool=True,         # of a method that draws some
+    mask_sizes:Sequence=None, # [(H, W), ...] px wanted of the masks; None: those of the images
     **options,               # score_threshold, nms_threshold, topk, max_detections in place of the configured ones
-)->list: # a dict an image: boxes, labels, scores
+)->list: # a dict an image: boxes, labels, scores; masks (D, H, W) bool of a method that draws some
     "Detections in the coordinates of the given images; pictures of one padded size share a batch."
     if scales or flip:
         if nms is False: raise InputError("nms: False, but detections of several sizes are joined by NMS; leave it out")
@@ -1178,7 +1185,9 @@ def detect(self:Detector,
     for i,size in enumerate(check_images(images)): groups.setdefault(padded(size, c['pad_to']), []).append(i)
     for group in groups.values():
         preds, sizes = self.predict_maps([images[i] for i in group])
-        for i,d in zip(group, detections(preds, sizes, self.method, c['nms'] if nms is None else nms, **options)): out[i] = d
+        wanted = [mask_sizes[i] for i in group] if mask_sizes is not None else sizes
+        found = detections(preds, sizes, self.method, c['nms'] if nms is None else nms, mask_sizes=wanted if masks and self.method.masks else None, **options)
+        for i,d in zip(group, found): out[i] = d
     return out
 
 @patch
@@ -1215,7 +1224,7 @@ def detect_scales(
     for short in scales:
         small = [resized(im, short, max_size) for im in images]
         for mirrored in (False, True) if flip else (False,):
-            every = model.detect([im.flip(2) for im in small] if mirrored else small, nms=False, max_detections=options.get('topk', c['topk'])*len(c['strides']), **options)
+            every = model.detect([im.flip(2) for im in small] if mirrored else small, nms=False, masks=False, max_detections=options.get('topk', c['topk'])*len(c['strides']), **options)
             for out,d,im,(h,w) in zip(found, every, small, sizes):
                 b = d['boxes']
                 if mirrored: b = torch.stack([im.shape[2]-b[:,2], b[:,1], im.shape[2]-b[:,0], b[:,3]], 1)

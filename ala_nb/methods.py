@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'TASK_HEAD', 'METHODS', 'KINDS', 'check_part', 'HeadSpec', 'nearest', 'choice', 'in_range', 'Assignment',
            'given_options', 'checked', 'Method', 'focal_loss', 'installed', 'available', 'import_named', 'class_at',
-           'method_class', 'register', 'method_name', 'method_options', 'fits', 'check_options', 'build',
+           'method_class', 'box_methods', 'register', 'method_name', 'method_options', 'fits', 'check_options', 'build',
            'finished_runs', 'mean_runs', 'runs_table']
 
 # %% ../nbs/03_methods.ipynb #c002
@@ -30,6 +30,7 @@ PARTS = dict(tower=dict(plain='ala_nb.detector:Towers', tood='ala_nb.tood:TaskTo
              refine=dict(deform='ala_nb.detector:BoundaryPoints', bilinear='ala_nb.detector:BoundaryPoints',
                          tood='ala_nb.tood:AlignedSides', star='ala_nb.vfnet:Star'),
              filter=dict(max3d='ala_nb.defcn:MaxFilter'), extra=dict(property='ala_nb.detector:Property', pooled='ala_nb.detector:Pooled'))
+PARTS['extra']['condinst'] = 'ala_nb.condinst:MaskBranch'
 
 # fields of a sheet that make TOOD's head of any method's
 TASK_HEAD = dict(tower='tood', box='tood', refine='tood', third_part='tood', tower_bias=False, box_bias=0.)
@@ -175,6 +176,7 @@ class Method(nn.Module):
     "Base class: turns predictions and objects into losses, and predictions into scores."
     nms = True         # does inference need non-maximum suppression?
     score_power = 1.   # score = (class * location)^power
+    masks = False      # does it learn and draw masks? Then targets need `masks`
 
     def __new__(cls, *args, **options):
         self = super().__new__(cls)
@@ -253,6 +255,8 @@ METHODS = dict(fcos='ala_nb.fcos:FCOS', atss='ala_nb.ciou_atss:ATSS', ciou_atss=
                o2f='ala_nb.o2f:OneToFew', hybrid='ala_nb.defcn:HybridEpoch', ala='ala_nb.ala:ALA', tood='ala_nb.tood:TOOD',
                gfl='ala_nb.gfl:GFL', gflv2='ala_nb.gfl:GFLV2',
                vfnet='ala_nb.vfnet:VFNet')
+# with masks: their targets need some, see `Method.masks`
+METHODS |= {n: f'ala_nb.condinst:{c}' for n,c in dict(condinst='CondInst', condinst_poto='CondInstPOTO', condinst_o2f='CondInstO2F').items()}
 
 @functools.cache
 def installed()->dict: # name -> 'module:Class'
@@ -304,6 +308,10 @@ def method_class(
     if where is None: raise InputError(f"method: {name!r} does not exist; did you mean {nearest(name, available())}? "
                                        "(For a class of your own: 'package.module:Class'.)")
     return where if isinstance(where, type) else class_at('method', where, Method)
+
+def box_methods()->list:
+    "The names of `available` whose targets are boxes alone."
+    return [n for n in available() if not method_class(n).masks]
 
 def register(
     name:str, # the new name

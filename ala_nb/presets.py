@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'RECIPE', 'ATSS_RECIPE', 'FCOS_RECIPE', 'PLAIN', 'DCN', 'NETS', 'MS', 'WIDE', 'PRESETS', 'TESTDEV',
            'MSTEST', 'VOC', 'BOTH', 'C5', 'ANCHORS', 'NO_BIAS', 'P7', 'VFNET', 'LAST', 'TOOD', 'AUX', 'RELU', 'CROWD',
-           'MANY', 'ADAM', 'between', 'Preset', 'merged', 'add', 'find_preset', 'preset_knobs', 'presets_table']
+           'MANY', 'ADAM', 'FINE', 'between', 'Preset', 'merged', 'add', 'find_preset', 'preset_knobs', 'presets_table']
 
 # %% ../nbs/21_presets.ipynb #p002
 import difflib, json
@@ -190,6 +190,17 @@ add('fcos_crowdhuman', 'FCOS, in o2f, Table 8', 'AP 86.1, miss rate 55.2', 'r50'
 for net,ap in dict(r101='41.5', x101='44.7').items():
     add(f'fcos_{net}_2x_ms', 'FCOS, in AutoAssign, Table 6, and DW, Table 7', f'{ap} test-dev', net, '2x', 'fcos',
         None, FCOS_RECIPE, RELU, MS, needs=TESTDEV)
+
+# %% ../nbs/21_presets.ipynb #p039
+for schedule,own,aps in (('1x',(),('35.4','32.8','35.9')), ('3x',(MS,),('38.1','36.1','38.0'))):
+    for method,row,ap in zip(('condinst','condinst_poto','condinst_o2f'), ('CondInst','CondInst with POTO','CondInst with o2f'), aps):
+        add(f'{method}_r50_{schedule}' + '_ms'*bool(own), f'o2f, Table 9, {row}', f'{ap} mask AP val', 'r50', schedule, method, None, *own,
+            *(RELU,)*(method == 'condinst'), needs='COCO; masks are read from its segmentations')
+
+FINE = dict(mask_channels=48, mask_convs=2, mask_norm='group', finer=4, masks_per_image=16)
+for method in ('condinst','condinst_poto','condinst_o2f'):
+    knobs = dict(data='shapes', method=method, method_options=FINE, backbone='tiny', detector_options={}, batch_size=8, lr=3e-3)
+    PRESETS[f'shapes_{method}'] = Preset(f'shapes_{method}', 'masks on the embedded set', 'box and mask AP in nbs/results/condinst.csv', knobs)
 
 # %% ../nbs/21_presets.ipynb #p041
 def find_preset(
