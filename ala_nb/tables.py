@@ -256,6 +256,7 @@ ROWS['DW'] = """
 6 | VFL's weights | 40.2 | dw weighting='vfl'
 6 | MuSu's weights | 40.6 | dw weighting='musu'
 6 | TOOD's weights | 40.3 | dw weighting='tood'
+6 | TOOD itself | 40.3 | tood
 2 – 6 | DW | 41.5 | dw
 6 | DW with box refinement | 42.2 | dw refine='deform'"""
 
