@@ -599,7 +599,7 @@ class Slider:
     def widget(self, **style):
         "The control of ipywidgets."
         from ipywidgets import FloatSlider, IntSlider
-        whole = all(isinstance(x, int) for x in (self.value, self.low, self.high)) and self.step in (None, 1)
+        whole = all(isinstance(x, int) for x in (self.value, self.low, self.high, self.step or 1))
         step = self.step or (1 if whole else (self.high-self.low)/20)
         return (IntSlider if whole else FloatSlider)(self.value, min=self.low, max=self.high, step=step, **style)
 
