@@ -54,11 +54,13 @@ def moment_data(
 # %% ../nbs/23_microscope.ipynb #c006c
 def candidate_rule(method)->str:
     "Which locations a method looks at, in words; a method of one's own may say so in `candidates_are`."
-    o = getattr(method, 'options', {}); bag = o.get('bag'); kind, size = bag if isinstance(bag, tuple) else (bag, None)
-    radius, nearest = o.get('centre_sampling', o.get('radius', size if kind == 'radius' else None)), o.get('k', size if kind == 'topk' else None)
+    kind, size = bag if isinstance(bag := getattr(method, 'bag', None), tuple) else (None, None)
+    near = lambda *names: next((x for x in (getattr(method, n, None) for n in names) if isinstance(x, (int,float))), None)
+    radius = size if kind == 'radius' else near('centre_sampling', 'radius')
+    nearest = size if kind == 'topk' else near('k') if radius is None else None     # o2f's k is another number
     if told := getattr(method, 'candidates_are', ''): return told
+    if radius is not None: return f'locations inside the box and less than {radius:g} strides from its center, across and down'
     if nearest is not None: return f"the {nearest:g} locations of each level that are nearest to the object's center"
-    if radius is not None: return f"locations inside the box and less than {radius:g} strides from its center, across and down"
     return 'locations inside the box'
 
 # %% ../nbs/23_microscope.ipynb #c007
@@ -190,8 +192,9 @@ class Microscope:
     def _repr_mimebundle_(self, include=None, exclude=None):
         frame = f'<iframe srcdoc="{html.escape(page(self.data))}" style="width:100%;height:{self.height}px;border:0" title="The microscope"></iframe>'
         still = self.still._repr_mimebundle_() if self.still is not None else {}
-        # who sees the page without its frame (a notebook that is not trusted) sees the still: a display of none goes with the frame
-        if still: frame += f'<img alt="Weights of one object" style="display:none" src="data:image/png;base64,{still["image/png"]}">'
+        # a notebook that is not trusted has no frame: the rule that hides the still behind one does not apply then
+        if still: frame += ('<img class="still" alt="Weights of one object" src="data:image/png;base64,' + still['image/png'] + '">'
+                            '<style>iframe + img.still { display: none }</style>')
         return {**still, 'text/html': frame, 'text/plain': 'The microscope (open the notebook in Jupyter to use it)'}
 
 def write_page(path, text:str)->Path:

@@ -164,6 +164,13 @@ def unasked_sliders(source):
 @pytest.mark.parametrize('path', NBS, ids=lambda p: p.stem)
 def test_widgets_have_the_sliders_that_are_written(path): assert not list(unasked_sliders('\n'.join(s for s,_ in code_cells(path))))
 
+@pytest.mark.parametrize('path', NBS, ids=lambda p: p.stem)
+def test_widgets_have_a_still(path):
+    "Who has no kernel sees a picture where a widget is; a test does not stand in its cell."
+    for src, outputs in code_cells(path):
+        if not re.search(r'^(turn|Microscope)\(', src, re.M): continue
+        assert any('image/png' in o.get('data', {}) for o in outputs) and not is_test.search(src), src[:200]
+
 def test_unasked_sliders_are_found():
     assert list(unasked_sliders('def f(x=1., size=3, strides=(8,16), mark=None, on=True): pass\ninteract(f, x=2)')) == ['size', 'strides']
 
