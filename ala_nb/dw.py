@@ -181,7 +181,8 @@ class DW(Method):
             raise InputError(f"negative: {negative!r} is an option of weighting='dw'; drop one of the two")
         if refine and task_head: raise InputError(f"refine: {refine!r}, but task_head=True has its own; drop one of the two")
         head = dict(box_bias=4., box_activation='relu', refine=refine)
-        if task_head: head = dict(TASK_HEAD, options=dict(third_part=dict(prior=.5)))    # an objectness starts undecided
+        # an objectness starts undecided; sides beyond the map are the location's own, as in `refine`
+        if task_head: head = dict(TASK_HEAD, options=dict(third_part=dict(prior=.5), refine=dict(outside='own')))
         super().__init__(num_classes, HeadSpec(cls_prior=.02, third='objectness', **head))
         self.paper, self.negative, self.weighting, self.bag = variant=='paper', negative, weighting, read_bag(bag)
         self.sigma = in_range('sigma', (2**-.5 if self.paper else 1.11) if sigma is None else sigma, 1e-3, 1e3)

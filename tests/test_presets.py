@@ -63,10 +63,11 @@ def test_rates_follow_the_batch_and_drops_are_the_papers():
         at = [s for s in range(1, total) if T.lr_factor(s, total, 0, c.schedule, c.milestones, c.gamma) < .5*T.lr_factor(s-1, total, 0, c.schedule, c.milestones, c.gamma)]
         assert c.epochs == epochs and at == [1000*d for d in drops]
 
-def test_command_lists_and_shows(capsys):
+def test_command_lists_and_shows(capsys, monkeypatch):
+    monkeypatch.setitem(P.PRESETS, 'half', P.Preset('half', 'a table', '1', P.PRESETS['dw_r50_1x'].knobs, missing='its head'))
     assert T.main(['--list_presets']) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in P.PRESETS) and 'NOT HERE' in out
+    assert all(name in out for name in P.PRESETS) and 'NOT HERE: its head' in out
     assert T.main(['--preset', 'dw_r50_1x', '--show', '--batch_size', '4']) == 0
     out = capsys.readouterr().out
     shown = json.loads(out[out.index('{\n'):])
