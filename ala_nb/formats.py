@@ -176,6 +176,8 @@ def _is_coco(file:Path)->bool:
 def coco_splits(root:Path)->dict:
     "Split -> annotation file of a COCO-like folder."
     out = {f.stem[10:]:f for f in sorted(visible(root, 'annotations/instances_*.json'))}
+    # COCO's test sets, without annotations; test-dev's pictures are among test's
+    for f in sorted(visible(root, 'annotations/image_info_*.json')): out.setdefault(f.stem[11:], f)
     for f in sorted(visible(root, '*/_annotations.coco.json')): out.setdefault(f.parent.name, f)
     for f in sorted(visible(root, '*/labels.json')):
         if (f.parent/'data').is_dir(): out.setdefault(f.parent.name, f)
@@ -196,8 +198,9 @@ def coco_splits(root:Path)->dict:
 
 def coco_folders(root, file, split)->list:
     "Where the pictures of a COCO file may lie, the likeliest first."
-    key = file.stem[10:] if file.stem.startswith('instances_') else file.stem if file.parent.name=='annotations' or file.parent==root else file.parent.name
-    names = [key, split, *next((g for g in ALIASES if split in g), ())]
+    key = re.sub('^(instances|image_info)_', '', file.stem)
+    if key == file.stem: key = file.stem if file.parent.name=='annotations' or file.parent==root else file.parent.name
+    names = [key, key.replace('-dev', ''), split, *next((g for g in ALIASES if split in g), ())]
     own = [file.parent, file.parent/'data',
         file.parent/'images'] if file.parent!=root and file.parent.name!='annotations' else []
     return [*own, *(root/x for n in names for x in (n, f'images/{n}', f'data/{n}')), *(root/x for x in
@@ -298,6 +301,7 @@ def read_coco(
     "Read COCO JSON."
     if bbox not in BOXES: raise InputError(f'bbox: {said(bbox)}; take one of {", ".join(BOXES)}')
     d = read_json(read_text(file), file)
+    if isinstance(d, dict) and Path(file).name.startswith('image_info_'): d.setdefault('annotations', [])
     for k in ('images','annotations','categories'):
         if not isinstance(d,dict) or not isinstance(d.get(k),list):
             raise InputError(f'{shown(file)}: no list {k!r}, so this is no COCO detection file; export it again')
