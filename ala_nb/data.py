@@ -31,8 +31,8 @@ from torchvision.transforms import v2
 from .geometry import InputError, box_area
 from .files import (Parser, check_faults, count_of, error_text, exit_code, naming, parse_pair, probe_image, read_image, read_json, read_text, said,
                           shown, underscored)
-from .formats import (BOXES, FORMS, OPTIONS, Annotations, as_xywh, check_images, coco_splits, crowdhuman_splits, pick_split, read_coco,
-                            read_crowdhuman, read_voc, recognise, take_share, voc_splits)
+from .formats import (BOXES, FORMS, OPTIONS, Annotations, as_xywh, check_images, coco_splits, crowdhuman_splits, joined, pick_split, read_coco,
+                            read_crowdhuman, read_voc, recognise, roots, take_share, voc_splits)
 from .masks import decode_masks, encode_masks, mask_rle
 
 # %% ../nbs/04_data.ipynb #c005
@@ -743,22 +743,9 @@ def _given_once(f):
 # %% ../nbs/04_data.ipynb #c075
 FORM_NAMES = dict(coco='COCO JSON', voc='VOC XML', crowdhuman='CrowdHuman odgt', yolo='YOLO text')
 
-@_given_once
-def load_folder(
-    root:Path,        # the data set
-    split='train',    # which part
-    format:str=None,  # coco, voc, crowdhuman or yolo; default what is recognised
-    # names in the order of the labels; default the source's own. Give a validation set those of the training set
-    classes=None,
-    verify:bool=True, # look at every image file
-    val_share:float=None, # make splits train and val of one part: the share of its images that fall into val
-    masks:bool=False, # targets with masks too: of COCO files, whose objects must all have one
-    **options,        # coco: bbox, use_ignored; voc: one_based, use_ignored; crowdhuman: box, use_ignored
-)->FolderDataset:
-    "Read a folder."
-    check_kinds(dict(options, verify=verify, masks=masks, **{k:v for k,v in dict(classes=classes, val_share=val_share).items()
-        if v is not None}))
-    forms = recognise(root)
+def _read_folder(root, split, format, classes, verify, val_share, masks, options): # Annotations, the split's name there
+    "What a folder holds of a split."
+    options = dict(options); forms = recognise(root)
     if format is not None and format not in forms:
         raise InputError(f'format: {said(format)} is not what {shown(root)} holds; take {" or ".join(forms)}')
     form = format or forms[0]
@@ -777,19 +764,40 @@ def load_folder(
     if not found.files:
         raise InputError(f'{shown(root)}: split {said(split)} has no image; add images or take another split')
     check_images(found, verify, f'{shown(root)} {shown(split)}')
-    ds = FolderDataset(root.resolve().name, split, found)
-    if 'train' in (split, key): need_objects(ds)
+    return found, key
+
+@_given_once
+def load_folder(
+    root:Path,        # the data set; or several folders in one form, with os.pathsep between them
+    split='train',    # which part
+    format:str=None,  # coco, voc, crowdhuman or yolo; default what is recognised
+    # names in the order of the labels; default the source's own. Give a validation set those of the training set
+    classes=None,
+    verify:bool=True, # look at every image file
+    val_share:float=None, # make splits train and val of one part: the share of its images that fall into val
+    masks:bool=False, # targets with masks too: of COCO files, whose objects must all have one
+    **options,        # coco: bbox, use_ignored; voc: one_based, use_ignored; crowdhuman: box, use_ignored
+)->FolderDataset:
+    "Read a folder."
+    check_kinds(dict(options, verify=verify, masks=masks, **{k:v for k,v in dict(classes=classes, val_share=val_share).items()
+        if v is not None}))
+    many = roots(root)
+    read = lambda classes: [_read_folder(r, split, format, classes, verify, val_share, masks, options) for r in many]
+    parts = read(classes)
+    if len({tuple(p.classes) for p,_ in parts})>1: parts = read(sorted({c for p,_ in parts for c in p.classes}))
+    ds = FolderDataset('+'.join(r.resolve().name for r in many), split, joined([p for p,_ in parts]))
+    if 'train' in (split, *(key for _,key in parts)): need_objects(ds)
     return ds
 
 # %% ../nbs/04_data.ipynb #c075a
 @_given_once
 def load_dataset(
-    source,        # 'shapes' or a folder
+    source,        # 'shapes', a folder, or several with os.pathsep between them
     split='train', # train, val, test, or what the folder calls it
     **options,     # of `ShapesConfig`, n, seed, masks, keep; or of `load_folder`
 )->DetectionDataset:
     "The embedded set by name, or a data set in a folder."
-    if str(source)!='shapes': return load_folder(Path(source), split, **options)
+    if str(source)!='shapes': return load_folder(source, split, **options)
     look = [f.name for f in fields(ShapesConfig)]
     _check_options(options, ['n','seed','masks','keep','config',*look], 'shapes')
     check_kinds(options)
@@ -1200,11 +1208,12 @@ def all_splits(data, options)->list:
     "The splits of a data set, train first."
     if data=='shapes': return list(_shapes_splits)
     if options.get('val_share'): return ['train','val']
-    forms = recognise(Path(data)); form = options.get('format', forms[0])
+    data = roots(data)[0]
+    forms = recognise(data); form = options.get('format', forms[0])
     if form not in forms:
         raise InputError(f'format: {said(form)} is not what {shown(data)} holds; take {" or ".join(forms)}')
     rank = lambda k: next((n for n,w in enumerate(('train','val','test')) if k.startswith(w)), 3)
-    return sorted(FORMS[form][0](Path(data)), key=lambda k: (rank(k), k))
+    return sorted(FORMS[form][0](data), key=lambda k: (rank(k), k))
 
 def shared_pictures(sets)->list: # of texts
     "Pictures that lie in two splits."

@@ -9,7 +9,7 @@ __all__ = ['BOXES', 'ALIASES', 'FORMS', 'OPTIONS', 'Annotations', 'as_number', '
            'read_voc_xml', 'voc_class_list', 'voc_classes', 'voc_entries', 'voc_folders', 'read_voc',
            'crowdhuman_splits', 'crowdhuman_object', 'read_crowdhuman', 'read_yaml', 'YoloSplit', 'yolo_splits',
            'yolo_pictures', 'label_file', 'yolo_object', 'read_yolo', 'foreign', 'recognise', 'check_images',
-           'take_share']
+           'take_share', 'roots', 'joined']
 
 # %% ../nbs/03d_formats.ipynb #g002
 import csv, difflib, itertools, math, os, re
@@ -858,3 +858,33 @@ def take_share(found:Annotations, val_share:float, val:bool):
     for k in ('label','bbox','crowd','area','rule','masks'):
         if (v := getattr(found, k)) is not None: setattr(found, k, [v[r] for r in rows])
     found.image = [at[found.image[r]] for r in rows]
+
+# %% ../nbs/03d_formats.ipynb #g041
+def roots(
+    source, # a folder, or several with os.pathsep between them
+)->list: # of Path
+    "The folders that a source names."
+    whole = Path(source)
+    return [whole] if whole.exists() or os.pathsep not in str(source) else [Path(p) for p in str(source).split(os.pathsep) if p]
+
+def joined(
+    parts:list, # of Annotations with the same classes
+)->Annotations:
+    "The images of several folders as one data set."
+    first = parts[0]
+    if len(parts)==1: return first
+    if len({(p.form, p.box, p.masks is None) for p in parts})>1:
+        raise InputError(f'several folders make one data set only in one form, and these are {", ".join(p.form for p in parts)}')
+    out = Annotations(first.form, first.classes, first.category_ids, box=first.box, turn=[],
+                      masks=None if first.masks is None else [])
+    for p in parts:
+        out.image += [len(out.files)+i for i in p.image]
+        for k in ('files','ids','sizes','label','bbox','crowd','area','rule'): getattr(out, k).extend(getattr(p, k))
+        out.turn += p.turn or [None]*len(p.files)
+        if out.masks is not None: out.masks += p.masks
+        out.notes.update(p.notes)
+    own = [i for p in parts for i in (p.source_ids or p.ids)]
+    if len(set(out.ids))<len(out.ids): out.ids = list(range(1, len(own)+1))
+    if own!=out.ids: out.source_ids = own
+    out.source_categories = first.source_categories
+    return out

@@ -1,0 +1,108 @@
+"The protocol of the papers: Soft-NMS, COCO's test sets without annotations, several folders as one data set."
+import json, math, os, shutil
+from pathlib import Path
+import pytest, torch
+from PIL import Image
+from ala_nb import evaluate as E, train as T
+from ala_nb.data import load_dataset, save_coco
+from ala_nb.detector import Detector, soften
+from ala_nb.geometry import InputError
+
+def naive_soft(boxes, scores, labels, kind, threshold, sigma, least):
+    "Soft-NMS class by class in plain Python, after its paper's pseudo code."
+    area, out = lambda b: (b[2]-b[0])*(b[3]-b[1]), []
+    def iou(a, b):
+        w, h = (max(0., min(a[i+2], b[i+2]) - max(a[i], b[i])) for i in (0, 1))
+        return w*h/(area(a) + area(b) - w*h)
+    boxes, scores = boxes.tolist(), scores.tolist()
+    for c in set(labels.tolist()):
+        left = {i: scores[i] for i in range(len(boxes)) if labels[i] == c}
+        while left:
+            best = max(left, key=left.get); s = left.pop(best)
+            if s <= least: break
+            out.append((best, s))
+            for i in left:
+                u = iou(boxes[best], boxes[i])
+                left[i] *= math.exp(-u*u/sigma) if kind == 'gaussian' else 1-u if u > threshold else 1
+    return sorted(out, key=lambda x: -x[1])
+
+@pytest.mark.parametrize('kind', ['linear', 'gaussian'])
+@pytest.mark.parametrize('seed', range(3))
+def test_soft_nms(kind, seed):
+    g = torch.Generator().manual_seed(seed)
+    at = torch.rand(90, 2, generator=g).double()*60
+    boxes = torch.cat([at, at + 5 + torch.rand(90, 2, generator=g).double()*40], 1)
+    scores, labels = torch.rand(90, generator=g).double(), torch.randint(3, (90,), generator=g)
+    keep, found = soften(boxes, scores, labels, kind, .3, .5, .05, 1000)
+    want = naive_soft(boxes, scores, labels, kind, .3, .5, .05)
+    assert keep.tolist() == [i for i, _ in want]
+    torch.testing.assert_close(found, torch.tensor([s for _, s in want]).double())
+    assert soften(boxes, scores, labels, kind, .3, .5, .05, 7)[0].tolist() == keep[:7].tolist()
+    assert [len(x) for x in soften(boxes[:0], scores[:0], labels[:0], kind, .3, .5, .05, 7)] == [0, 0]
+
+def test_soft_nms_of_a_detector():
+    torch.manual_seed(0)
+    model = Detector('fcos', 'tiny', 3).eval(); images = [torch.rand(3, 96, 96)]
+    with torch.no_grad():
+        hard, = model.detect(images, score_threshold=.001, max_detections=1000)
+        soft, = model.detect(images, score_threshold=.001, max_detections=1000, soft_nms='gaussian')
+        every, = model.detect(images, score_threshold=.001, max_detections=1000, scales=[64, 96], flip=True, soft_nms='linear')
+    assert len(soft['scores']) > len(hard['scores']) > 0 and len(every['scores']) > 0
+    assert (soft['scores'][:-1] >= soft['scores'][1:]).all() and soft['scores'][0] == hard['scores'][0]
+    with pytest.raises(InputError, match='nothing to soften'): model.detect(images, nms=False, soft_nms='linear')
+    with pytest.raises(InputError, match='gaussian'): model.detect(images, soft_nms='gauss')
+
+@pytest.fixture
+def coco(tmp_path):
+    root = tmp_path/'coco'
+    save_coco(load_dataset('shapes', 'train', n=6), root); save_coco(load_dataset('shapes', 'val', n=3), root)
+    info = json.loads((root/'annotations'/'instances_val.json').read_text()); info.pop('annotations')
+    (root/'annotations'/'image_info_test-dev2017.json').write_text(json.dumps(info))
+    shutil.copytree(root/'val', root/'test2017')
+    return root
+
+def test_test_dev(coco, tmp_path, capsys, monkeypatch):
+    "A split without annotations: nothing is measured, its detections are written with the file's own ids."
+    monkeypatch.chdir(tmp_path)
+    ds = load_dataset(coco, 'test-dev2017')
+    assert len(ds) == 3 and ds.files[0].parent.name == 'test2017' and ds.report['objects'] == 0
+    small = ['--size', '64', '--max_size', '64', '--backbone', 'tiny', '--steps', '1', '--batch_size', '2', '--eval_every', '0', '--amp', 'off']
+    assert T.main(['--data', str(coco), '--train_split', 'train', '--val_split', 'val', '--out', 'run', *small]) == 0
+    capsys.readouterr()
+    assert E.main(['run', '--split', 'test-dev2017']) == 2
+    err = capsys.readouterr().err; assert '--results' in err and err.count('\n') == 1
+    assert E.main(['run', '--split', 'test-dev2017', '--results', 'r.json', '--score_threshold', '0', '--soft_nms', 'linear']) == 0
+    found = json.loads(Path('r.json').read_text())
+    ids = {r['id'] for r in json.loads((coco/'annotations'/'image_info_test-dev2017.json').read_text())['images']}
+    assert found and {r['image_id'] for r in found} <= ids and set(found[0]) == {'image_id', 'category_id', 'bbox', 'score'}
+    assert 'no objects to compare' in capsys.readouterr().out
+
+def voc(root, year, names, n):
+    "A folder in VOC's form with n pictures, its objects named in turn."
+    for d in ('Annotations', 'JPEGImages', 'ImageSets/Main'): (root/d).mkdir(parents=True)
+    for i in range(n):
+        Image.new('RGB', (64, 48), (30*i, 80, 120)).save(root/'JPEGImages'/f'{year}_{i}.jpg')
+        box = ''.join(f'<{k}>{v}</{k}>' for k, v in dict(xmin=5, ymin=5, xmax=40, ymax=30).items())
+        (root/'Annotations'/f'{year}_{i}.xml').write_text(f'<annotation><filename>{year}_{i}.jpg</filename><size><width>64</width><height>48</height><depth>3</depth></size>'
+            f'<object><name>{names[i%len(names)]}</name><difficult>0</difficult><bndbox>{box}</bndbox></object></annotation>')
+    (root/'ImageSets'/'Main'/'trainval.txt').write_text('\n'.join(f'{year}_{i}' for i in range(n)))
+
+def test_several_folders(tmp_path, capsys, monkeypatch):
+    "VOC 2007 + 2012: classes by name, images in order; trained by the command, resumed, and moved."
+    monkeypatch.chdir(tmp_path)
+    voc(Path('VOC2007'), 2007, ['cat', 'dog'], 4); voc(Path('VOC2012'), 2012, ['dog', 'person'], 3)
+    both = load_dataset(os.pathsep.join(['VOC2007', 'VOC2012']), 'trainval')
+    assert both.classes == ['cat', 'dog', 'person'] and len(both) == 7 and both.report['objects'] == 7
+    assert [both.classes[int(both.objects(i)['labels'][0])] for i in range(7)] == ['cat', 'dog', 'cat', 'dog', 'dog', 'person', 'dog']
+    assert len(set(both.ids)) == 7 and both.name == 'VOC2007+VOC2012'
+    assert [f.name for f in both.files][3:5] == ['2007_3.jpg', '2012_0.jpg'] and both.image(6).shape == (3, 48, 64)
+    one = load_dataset('VOC2007', 'trainval'); assert one.name == 'VOC2007' and len(one) == 4
+    small = ['--train_split', 'trainval', '--val_split', 'trainval', '--size', '48', '--max_size', '64', '--backbone', 'tiny', '--steps', '2', '--batch_size', '2', '--eval_every', '1', '--amp', 'off']
+    assert T.main(['--data', 'VOC2007', 'VOC2012', *small]) == 0
+    run, = Path('runs').iterdir(); assert run.name.startswith('VOC2007+VOC2012-')
+    data = json.loads((run/'config.json').read_text())['train']['data']
+    assert data == os.pathsep.join(str((tmp_path/d).absolute()) for d in ('VOC2007', 'VOC2012'))
+    assert T.main(['--resume', str(run)]) == 0 and E.main([str(run)]) == 0
+    capsys.readouterr()
+    assert T.main(['--data', 'VOC2007', 'VOC2021', *small]) == 2
+    assert 'VOC2021: no such folder' in capsys.readouterr().err
