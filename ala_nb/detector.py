@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'RESNETS', 'STYLES', 'TRANSFORMERS', 'USUAL', 'BACKBONES', 'EXP_MAX', 'SIZE_MAX', 'ORDER', 'MEAN', 'STD',
-           'NAMES', 'MARKS', 'SWIN_PARTS', 'WHOLE', 'INFERENCE', 'full', 'group_norm', 'EvalBatchNorm', 'norm_layer',
-           'Body', 'DeformConv', 'deform_stages', 'ResNetBody', 'TinyBody', 'TinyBlock', 'StagedBody', 'OwnBody',
-           'check_body', 'TimmNet', 'usual_options', 'make_body', 'ExtraLevels', 'Pyramid', 'check_strides',
+           'NAMES', 'MARKS', 'SWIN_PARTS', 'WHOLE', 'INFERENCE', 'SOFT', 'full', 'group_norm', 'EvalBatchNorm',
+           'norm_layer', 'Body', 'DeformConv', 'deform_stages', 'ResNetBody', 'TinyBody', 'TinyBlock', 'StagedBody',
+           'OwnBody', 'check_body', 'TimmNet', 'usual_options', 'make_body', 'ExtraLevels', 'Pyramid', 'check_strides',
            'prior_bias', 'tower', 'init_normal', 'anchor_distances', 'sample_planes', 'refine_distances',
            'PropertyBranch', 'Level', 'Plan', 'Part', 'precise', 'Towers', 'Classes', 'Numbers', 'Distances',
            'ThirdBranch', 'BoundaryPoints', 'Property', 'Pooled', 'part_class', 'Head', 'padded', 'check_images',
-           'batch_images', 'check_targets', 'top_scores', 'likely_scores', 'detections', 'made_by', 'our_names',
-           'swin_name', 'swin_names', 'read_weights', 'imagenet_weights', 'folded_statistics', 'check_style',
-           'take_weights', 'whole', 'fraction', 'colours', 'options_dict', 'named', 'settle', 'as_tuple', 'make_method',
-           'method_config', 'set_head', 'backbone_config', 'Detector', 'resized', 'detect_scales', 'save_weights',
-           'read_config', 'check_header', 'load_detector']
+           'batch_images', 'check_targets', 'top_scores', 'likely_scores', 'soften', 'thinned', 'detections', 'made_by',
+           'our_names', 'swin_name', 'swin_names', 'read_weights', 'imagenet_weights', 'folded_statistics',
+           'check_style', 'take_weights', 'whole', 'fraction', 'colours', 'options_dict', 'named', 'settle', 'as_tuple',
+           'make_method', 'method_config', 'set_head', 'backbone_config', 'Detector', 'resized', 'detect_scales',
+           'save_weights', 'read_config', 'check_header', 'load_detector']
 
 # %% ../nbs/05_detector.ipynb #c002
 import contextlib, dataclasses, importlib, inspect, json, math, os, re, tempfile, warnings
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
 from torchvision import models
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, StochasticDepth, batched_nms, deform_conv2d
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, StochasticDepth, batched_nms, box_iou, deform_conv2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -765,6 +765,34 @@ def likely_scores(
         out.append([torch.cat(f) for f in zip(*found)])
     return out
 
+# %% ../nbs/05_detector.ipynb #c053t
+def soften(
+    boxes:Tensor, scores:Tensor, labels:Tensor, # (D, 4) xyxy px, (D,), (D,)
+    kind:str,         # 'linear' or 'gaussian'
+    threshold:float,  # 'linear': IoU above which scores are lowered
+    sigma:float,      # 'gaussian': paper's σ
+    least:float,      # scores that do not exceed it are dropped
+    most:int,         # boxes wanted
+): # positions (d,), best first, and their scores (d,)
+    "Soft-NMS (Bodla et al., 2017, Fig. 2), class by class."
+    choice('soft_nms', kind, ('linear','gaussian')); in_range('soft_sigma', sigma, 1e-6, 1e6)
+    left, keep, found = scores.clone(), [], []
+    for _ in range(min(most, len(scores))):
+        best = int(left.argmax()); score = left[best].clone()
+        if score <= least: break
+        keep.append(best); found.append(score)
+        iou = box_iou(boxes[best][None], boxes)[0]*(labels == labels[best])
+        left *= (iou <= threshold) + (iou > threshold)*(1-iou) if kind == 'linear' else (-iou**2/sigma).exp()
+        left[best] = -1.
+    keep = torch.tensor(keep, dtype=torch.long, device=boxes.device)
+    return keep, torch.stack(found) if found else scores.new_zeros(0)
+
+def thinned(boxes, scores, labels, threshold, most, soft=None, sigma=.5, least=0.): # positions (d,), scores (d,)
+    "What NMS (`soft`: Soft-NMS) leaves of one image's boxes, best first."
+    if soft: return soften(boxes, scores, labels, soft, threshold, sigma, least, most)
+    keep = batched_nms(boxes, scores, labels, threshold)[:most]
+    return keep, scores[keep]
+
 # %% ../nbs/05_detector.ipynb #c054
 def detections(
     preds:Predictions,
@@ -777,6 +805,8 @@ def detections(
     max_detections:int=100,  # at most so many an image
     select_by:str='score',   # what must exceed the threshold, and `topk` go by: 'score', or 'class' score alone
     mask_sizes:Sequence=None, # [(H, W), ...] px of the masks of a method that draws some; None: no masks
+    soft_nms:str=None,       # 'linear' or 'gaussian': lower the scores of overlapping boxes instead of dropping them
+    soft_sigma:float=.5,     # paper's σ of 'gaussian'
 )->list: # a dict an image: 'boxes' (D, 4) xyxy px, 'labels' (D,) int64, 'scores' (D,), best first; 'masks' (D, H, W) bool
     "Detections of a batch."
     with torch.autocast(preds.device.type, enabled=False):
@@ -789,9 +819,10 @@ def detections(
         good = s >= 0; s, l, at = s[good], l[good], at[good]
         b = distances_to_boxes(preds.points[at], planes[:,at].t()).clamp(min=0).minimum(preds.points.new_tensor((w,h,w,h)))
         good = (b[:,2:] > b[:,:2]).all(1); b, s, l, at = b[good], s[good], l[good], at[good]
-        keep = batched_nms(b, s, l, nms_threshold) if (method.nms if nms is None else nms) else s.argsort(descending=True, stable=True)
-        keep = keep[:max_detections]
-        out.append(dict(boxes=b[keep], labels=l[keep], scores=s[keep]))
+        unique = method.nms if nms is None else nms
+        if unique: keep, s = thinned(b, s, l, nms_threshold, max_detections, soft_nms, soft_sigma, score_threshold)
+        else: keep = s.argsort(descending=True, stable=True)[:max_detections]; s = s[keep]
+        out.append(dict(boxes=b[keep], labels=l[keep], scores=s))
         if mask_sizes is not None: out[-1]['masks'] = method.draw(preds, i, at[keep], (h,w), mask_sizes[i])
     return out
 
@@ -1079,6 +1110,7 @@ def backbone_config(
 
 # %% ../nbs/05_detector.ipynb #c070
 INFERENCE = 'score_threshold', 'nms_threshold', 'topk', 'max_detections' # what `detect` can change from call to call
+SOFT = 'soft_nms', 'soft_sigma'                                          # and what it can ask for besides
 
 class Detector(nn.Module):
     "Backbone, pyramid, head and a label assignment method; torchvision's detection convention, labels from 0."
@@ -1173,15 +1205,18 @@ def detect(self:Detector,
     scales:Sequence[int]=None, max_size:int=None, flip:bool=None, # see `detect_scales`; it gives no masks
     masks:bool=True,         # of a method that draws some
     mask_sizes:Sequence=None, # [(H, W), ...] px wanted of the masks; None: those of the images
-    **options,               # score_threshold, nms_threshold, topk, max_detections in place of the configured ones
+    **options,               # score_threshold, nms_threshold, topk, max_detections in place of the configured ones; soft_nms, soft_sigma
 )->list: # a dict an image: boxes, labels, scores; masks (D, H, W) bool of a method that draws some
     "Detections in the coordinates of the given images; pictures of one padded size share a batch."
     if scales or flip:
         if nms is False: raise InputError("nms: False, but detections of several sizes are joined by NMS; leave it out")
         return detect_scales(self, images, scales, max_size, bool(flip), **options)
     c, out, groups = self._config, [None]*len(images), {}
-    for o in options: choice('option of detect', o, INFERENCE)
-    options = {k: options.get(k, c[k]) for k in INFERENCE} | dict(select_by=c['select_by'])
+    for o in options: choice('option of detect', o, INFERENCE + SOFT)
+    unique = self.method.nms if c['nms'] is None else c['nms']
+    if options.get('soft_nms') and not (unique if nms is None else nms): raise InputError(
+        "soft_nms: NMS is off here, so there is nothing to soften; switch it on with nms=True (--nms), or leave it out")
+    options = options | {k: options.get(k, c[k]) for k in INFERENCE} | dict(select_by=c['select_by'])
     for i,size in enumerate(check_images(images)): groups.setdefault(padded(size, c['pad_to']), []).append(i)
     for group in groups.values():
         preds, sizes = self.predict_maps([images[i] for i in group])
@@ -1219,6 +1254,7 @@ def detect_scales(
 )->list: # a dict an image: boxes, labels, scores
     "Detections of several sizes of each image, joined by NMS (multi-scale test)."
     c = model._config; n, threshold = (options.pop(k, c[k]) for k in ('max_detections','nms_threshold'))
+    soft, least = [options.pop(k, d) for k,d in zip(SOFT, (None, .5))], options.get('score_threshold', c['score_threshold'])
     scales = [whole('scales', s, 2) for s in scales] if scales else [None]
     found, sizes = [[] for _ in images], check_images(images)
     for short in scales:
@@ -1232,8 +1268,8 @@ def detect_scales(
     joined = []
     for parts in found:
         b, s, l = (torch.cat(x) for x in zip(*parts))
-        keep = batched_nms(b, s, l, threshold)[:n]
-        joined.append(dict(boxes=b[keep], labels=l[keep], scores=s[keep]))
+        keep, s = thinned(b, s, l, threshold, n, *soft, least)
+        joined.append(dict(boxes=b[keep], labels=l[keep], scores=s))
     return joined
 
 # %% ../nbs/05_detector.ipynb #c084

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from .geometry import InputError
 from .files import Parser, _line as _one_line, exit_code, nobody_reads, parse_pair, shown, underscored, write_json
+from .formats import roots
 from .data import eval_transforms, load_dataset, make_loader, report
 from .detector import load_detector
 from .masks import encode_masks
@@ -484,6 +485,9 @@ def make_parser():
     g.add_argument('--score_threshold', type=_share, metavar='S', help="detections below it are left out [the run's]")
     g.add_argument('--scales', nargs='+', type=_count, metavar='PX', help='multi-scale test: short sides in place of --size; the detections are joined by NMS')
     g.add_argument('--flip', action='store_true', default=None, help='also mirrored, joined in the same way')
+    g.add_argument('--soft_nms', choices=('linear','gaussian'),
+        help='Soft-NMS: scores of overlapping boxes are lowered instead of the boxes dropped; take a low --score_threshold')
+    g.add_argument('--soft_sigma', type=float, metavar='S', help='width of the gaussian [0.5]')
     m.add_argument('--workers', type=_none_or_more, default=0, metavar='N', help='processes that load images [0: load in this one]')
     e = p.add_argument_group('metrics')
     e.add_argument('--metrics', nargs='+', choices=METRICS, default=['coco'], help='[coco]; voc07 is VOC with 11 points')
@@ -493,7 +497,8 @@ def make_parser():
         help="detections an image for COCO's recalls and, the largest, its AP [1 10 100]")
     o = p.add_argument_group('output')
     o.add_argument('--out', metavar='FILE', help='write all numbers as JSON')
-    o.add_argument('--results', metavar='FILE', help="write the detections as COCO's JSON list of results")
+    o.add_argument('--results', metavar='FILE', help="write the detections as COCO's JSON list of results; also of a split "
+                   'without objects (test-dev2017), for its server')
     return p
 
 # %% ../nbs/15_evaluate.ipynb #c073
@@ -514,17 +519,20 @@ def evaluate_run(
     metrics=('coco',), backend:str='faster', max_dets=(1,10,100), # see `compute_metrics`
     progress:bool=False,
     method=None,              # name or 'package.module:Class'; None: the run's
-    **how,               # nms, score_threshold, nms_threshold, max_detections; scales and flip for a multi-scale test
+    unlabelled:bool=False,    # take a split without objects too: nothing is measured then
+    **how,               # nms, score_threshold, nms_threshold, max_detections, soft_nms; scales and flip for a multi-scale test
 ): # metrics {name: numbers}, COCO results with the ids of the user's file
     "Evaluate a run on a split."
     config = run_config(run); trained = config.get('train', {})
     own = trained.get('data','shapes'); data, split = own if data is None else data, split or trained.get('val_split','val')
-    if data_options is None: data_options = trained.get('data_options', {}) if Path(data).absolute() == Path(own).absolute() else {}
-    ds = load_dataset(data, split, **with_masks(method or config['detector']['method'], data_options))
+    if data_options is None: data_options = trained.get('data_options', {}) if [p.absolute() for p in roots(data)] == [p.absolute() for p in roots(own)] else {}
+    ds = load_dataset(data, split, **with_masks(method or config.get('detector', {}).get('method', 'fcos'), data_options))
     truth = ds.ground_truth(); ids = match_classes(config['classes'], ds, {a['category_id'] for a in truth['annotations']})
     truth['categories'] = [dict(id=i, name=c) for i,c in zip(ids, config['classes'])]
     if all(a.get('iscrowd') for a in truth['annotations']):
-        raise InputError(f'{ds.name}: split {split} holds no object to find, so there is nothing to evaluate')
+        if not unlabelled: raise InputError(f'{ds.name}: split {split} holds no object to find, so there is nothing to '
+            'evaluate; --results FILE writes the detections all the same')
+        metrics = ()
     device = pick_device(device)
     sizes, model = run_sizes(config, size, max_size), load_detector(run, checkpoint, **({} if method is None else dict(method=method)))
     if how.get('scales'): sizes, how['max_size'] = (None, None), sizes[1]      # the detector itself resizes
@@ -546,10 +554,10 @@ def main(
             if f and not (Path(f).parent.is_dir() and not Path(f).is_dir()):
                 raise InputError(f'{f}: cannot be written, its folder does not exist or it is a folder')
         if a['data_options'] is not None: a['data_options'] = dict(a['data_options'])
-        found, results = evaluate_run(run, progress=True, **a)
+        found, results = evaluate_run(run, progress=True, unlabelled=bool(results_file), **a)
         if results_file: write_json(results_file, results)                      # before anything is printed: a terminal may fail
         if out: write_json(out, {'run':str(run), 'settings':{k:v for k,v in a.items() if v is not None}, **found})
-        print(metrics_text(found))
+        print(metrics_text(found) or f'{len(results)} detections are in {results_file}; the split has no objects to compare them with')
     return exit_code(work)
 
 # %% ../nbs/15_evaluate.ipynb #c075

@@ -81,7 +81,7 @@ add('ala_r50_1x', 'ALA, Table I', '40.9 val', 'r50', '1x', 'ala')
 
 # %% ../nbs/21_presets.ipynb #p023
 VOC = dict(train_split='trainval', val_split='test', size=600, max_size=1000, epochs=12, milestones=(.75,))
-BOTH = 'the images of VOC 2007 and 2012 in one folder in VOC form'
+BOTH = '--data VOC2007 VOC2012'
 add('ala_voc07', 'ALA, Table XVI', 'mAP 90.1 VOC 2007 test', 'r50', '1x', 'ala', None, VOC, needs=BOTH)
 add('ala_voc12', 'ALA, Table XVI', 'mAP 87.4 VOC 2012 test', 'r50', '1x', 'ala', None, VOC,
     needs=BOTH + ", with 2007's test set in trainval; VOC's server for the printed number")

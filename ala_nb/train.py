@@ -35,8 +35,8 @@ def knob(
 @dataclass(frozen=True)
 class DataKnobs:
     "What is trained and evaluated on, and how its images are changed."
-    data:str            = knob('shapes', "'shapes' (made on the spot) or a folder, see python -m ala_nb.data --help",
-                               live=True)
+    data:str            = knob('shapes', "'shapes' (made on the spot), a folder, or several that are one data set (VOC2007 "
+                                         "VOC2012); see python -m ala_nb.data --help", live=True)
     train_split:str     = knob('train', 'name of the split to train on')
     val_split:str       = knob('val', 'name of the split to evaluate on')
     data_options:dict   = knob(dict, 'more options for the data set, key=value')
@@ -154,6 +154,7 @@ def argument(f:dataclasses.Field) -> dict:
     default = written(value) + ('' if folder == value else '; for a folder ' + written(folder))
     text = f"{f.metadata['help']} [{default}]".replace('%', '%%')
     if f.type is bool: return dict(help=text, type=parse_bool, nargs='?', const=True, metavar='true|false')
+    if f.name == 'data': return dict(help=text, nargs='+', metavar='DIR')
     if f.type is dict: return dict(help=text, type=lambda s: parse_pair(s), nargs='*', metavar='KEY=VALUE')
     if f.type is tuple: return dict(help=text, type=f.metadata['of'], nargs='*', metavar='N')
     found = dict(help=text, type=f.type, metavar='|'.join(f.metadata.get('choices', ())) or f.type.__name__.upper())
@@ -194,6 +195,7 @@ from .geometry import InputError
 from .losses import uncounted
 from .methods import method_class, method_options
 from .files import error_text
+from .formats import roots
 from .data import (Items, LoaderDied, drawing, eval_transforms, load_dataset, make_loader, need_objects, opening,
     train_transforms)
 from .detector import Detector, load_detector, save_weights
@@ -515,7 +517,7 @@ def new_folder(c:Config, taken=()) -> Path:
         if is_run(path):
             raise InputError(f'{path} already holds a run: go on with --resume {path}, or choose another --out')
     else:
-        name = f"{Path(c.data).resolve().name}-{c.method.split(':')[-1]}"    # a colon does not stand in every file name
+        name = f"{'+'.join(p.resolve().name for p in roots(c.data))}-{c.method.split(':')[-1]}"    # a colon does not stand in every file name
         path = next(p for i in itertools.count(1)
                     if not is_run(p := Path('runs')/(name if i == 1 else f'{name}-{i}')) and p not in taken)
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -571,7 +573,8 @@ def made_of(run:Run) -> dict: # 'train', 'detector', as JSON has them
 # %% ../nbs/16_train.ipynb #c044
 def absolute(path:str) -> str:
     "A path that holds from elsewhere too; a name that is none stays."
-    return path if path in ('shapes','none','imagenet') else str(Path(path).absolute())
+    if path in ('shapes','none','imagenet'): return path
+    return os.pathsep.join(str(p.absolute()) for p in roots(path))
 
 def make_run(
     c:Config,
@@ -724,7 +727,7 @@ def go_on(path, stored, live, log) -> Run:
     state = load_state(path, log)                                            # None: stopped before it had written one
     if state is not None: check_made(stored, state, path)
     c = dataclasses.replace(stored['train'], **live)
-    if c.data != 'shapes' and not Path(c.data).exists():
+    if c.data != 'shapes' and not all(p.exists() for p in roots(c.data)):
         raise InputError(f'{c.data}: no such folder, where the run has its images; if they have moved, say where with '
                          f'--data')
     run = make_run(c, path, stored if state else None)
@@ -1060,6 +1063,7 @@ def parse(argv:list=None) -> tuple: # configuration or None, run to resume or No
         if word: raise no_option(word.lstrip('-').split('=')[0])
         raise InputError(f'{unknown[0]!r} belongs to no option; --help lists every option')
     given = {k: dict(v) if k.endswith('_options') else v for k,v in vars(known).items()}
+    if 'data' in given: given['data'] = os.pathsep.join(given['data'])
     if None in given.get('method_options', {}).values():
         given['method_options'] = none_words(given.get('method', Config.method), given['method_options'])
     run, file = given.pop('resume', None), given.pop('config', None)
