@@ -8,7 +8,7 @@ from ala_nb.geometry import boxes_to_distances, grid_points, level_sizes
 from ala_nb.methods import build, Method
 from ala_nb.pairs import Objects, Pairs, Predictions
 
-MODULES = ['fcos', 'ciou_atss', 'autoassign', 'dw', 'o2f', 'ipb', 'opm', 'ps3', 'ala', 'defcn', 'gfl', 'vfnet']
+MODULES = ['fcos', 'ciou_atss', 'autoassign', 'dw', 'o2f', 'ipb', 'opm', 'ps3', 'ala', 'defcn', 'gfl', 'vfnet', 'tood']
 K, STRIDES = 3, (8, 16, 32)
 
 # what uses a function or a method: name of a method and options; without an entry, the module's first method as it is
