@@ -193,3 +193,17 @@ def test_data_without_masks_is_one_line(run, tmp_path, capsys):
     save_coco(load_dataset('shapes', 'train', n=3, image_size=64), tmp_path/'boxes')
     assert T.main(['--data', str(tmp_path/'boxes'), '--method', 'condinst', '--backbone', 'tiny', '--eval_every', '0', '--out', str(tmp_path/'x')]) == 2
     err = capsys.readouterr().err; assert 'no segmentation, and masks are asked for' in err and 'instances_train.json' in err and not (tmp_path/'x').exists()
+
+def test_predict_writes_masks(run, tmp_path, capsys):
+    "Run lengths and polygons of the same pixels, in the pictures' own size; COCO's tools read both."
+    from pycocotools.coco import COCO
+    pictures, told = run[1]/'val', {}
+    for name, more in (('runs', []), ('outlines', ['--polygons'])):
+        assert P.main([str(run[0]), str(pictures), '--out', str(tmp_path/name), '--score_threshold', '0', '--max_detections', '6', *more]) == 0
+        told[name] = COCO(str(tmp_path/name/'predictions.json')); assert len(list((tmp_path/name).glob('*.png'))) == 3
+    capsys.readouterr()
+    assert len(told['runs'].anns) == len(told['outlines'].anns) > 0
+    for a,b in zip(told['runs'].anns.values(), told['outlines'].anns.values()):
+        m = told['runs'].annToMask(a); assert m.shape == (96,64) and m.sum() == a['area'] == b['area']
+        if m.any(): assert (told['outlines'].annToMask(b) == m).all()
+        else: assert b['segmentation'] == []
