@@ -40,7 +40,7 @@ setup(
     package_data={cfg['lib_path']: ['py.typed', 'shipped/*']},
     python_requires='>='+cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={'fast': cfg['fast_requirements'].split(), 'notebooks': cfg['notebooks_requirements'].split(), 'dev': cfg['dev_requirements'].split()},
+    extras_require={k: cfg[k+'_requirements'].split() for k in ('fast', 'log', 'timm', 'notebooks', 'dev')},
     entry_points={'nbdev': [f'{cfg["lib_path"]}={cfg["lib_path"]}._modidx:d']},  # lets nbdev link symbols to these notebooks
     zip_safe=False,
 )

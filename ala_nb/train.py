@@ -12,9 +12,9 @@ __all__ = ['FOLDER', 'GROUPS', 'SHAPES_METHODS', 'NORMS', 'METRICS', 'MASKS', 'T
            'made_of', 'absolute', 'make_run', 'save_run_weights', 'keep_weights', 'save_checkpoint', 'check_made',
            'check_numbers', 'check_optimizer', 'take_state', 'start', 'resume', 'go_on', 'NonFinite', 'name_images',
            'to_device', 'share', 'not_finite', 'check_finite', 'single_value', 'forward_backward', 'measured',
-           'validate', 'clock', 'Progress', 'describe', 'steps', 'note', 'write_row', 'every', 'checkpoint_due',
-           'set_lr', 'stopped', 'warn', 'train', 'take', 'save_pictures', 'finish', 'parse', 'read_toml', 'with_preset',
-           'none_words', 'one_line', 'restarted', 'main']
+           'validate', 'clock', 'Progress', 'describe', 'steps', 'note', 'event_writer', 'board', 'write_row', 'every',
+           'checkpoint_due', 'set_lr', 'stopped', 'warn', 'train', 'take', 'save_pictures', 'finish', 'parse',
+           'read_toml', 'with_preset', 'none_words', 'one_line', 'restarted', 'main']
 
 # %% ../nbs/16_train.ipynb #c002
 import argparse, contextlib, copy, csv, ctypes, dataclasses, difflib, itertools, json, math, numbers, os, platform
@@ -35,8 +35,8 @@ def knob(
 @dataclass(frozen=True)
 class DataKnobs:
     "What is trained and evaluated on, and how its images are changed."
-    data:str            = knob('shapes', "'shapes' (made on the spot), a folder, or several that are one data set (VOC2007 "
-                                         "VOC2012); see python -m ala_nb.data --help", live=True)
+    data:str            = knob('shapes', "'shapes' (made on the spot), a folder, or several that are one data set "
+                                         "(VOC2007 VOC2012); see python -m ala_nb.data --help", live=True)
     train_split:str     = knob('train', 'name of the split to train on')
     val_split:str       = knob('val', 'name of the split to evaluate on')
     data_options:dict   = knob(dict, 'more options for the data set, key=value')
@@ -120,6 +120,8 @@ class OutputKnobs:
     keep:int            = knob(0, 'weights of the newest so many checkpointed epochs are kept as epoch-N.safetensors',
                                lo=0)
     log_every:int       = knob(10, 'steps between rows of metrics.csv', above=0)
+    log:str             = knob('csv', "tensorboard: also event files, in the run's folder tensorboard (pip install "
+                                      "'ala_nb[log]')", choices=('csv','tensorboard'))
     checkpoint_epochs:int = knob(1, 'epochs between checkpoints; 0 for none', lo=0, live=True)
     checkpoint_seconds:float = knob(60., 'seconds between checkpoints; 0 for none', lo=0, live=True)
 
@@ -396,6 +398,7 @@ class Run:
     busy:float = 0.          # s since the last row, without evaluations
     waiting:float = 0.       # s of it, for data
     loading:bool = False     # between two steps, waiting for data
+    board:object = None      # TensorBoard's writer, with `--log tensorboard`
 
     @property
     def weights(self): "The model that is evaluated and saved."; return self.model if self.ema is None else self.ema
@@ -583,6 +586,7 @@ def make_run(
 )->Run:
     "All parts of a run at step 0."
     device = set_up(c)
+    if c.log == 'tensorboard': event_writer()                        # refused now, not after the first steps
     c = settle_precision(c, device)  # what is stored is what runs, also on another machine
     train_set, val_set, loader = open_data(c, device)
     model = model_of(stored) if stored else make_model(c, len(train_set.classes))
@@ -641,6 +645,8 @@ def check_made(stored:dict, state:dict, path:Path) -> None:
     if not isinstance(made, dict) or made.keys() != {'train','detector'}:
         raise InputError(f"{path/'state.pt'} does not say what it was made with: it is no checkpoint of this version's")
     have = json.loads(json.dumps(dict(train=dataclasses.asdict(stored['train']), detector=stored['detector'])))
+    if isinstance(made['train'], dict):                              # knobs that are younger than the checkpoint
+        made = dict(made, train={**json.loads(json.dumps(dataclasses.asdict(Config()))), **made['train']})
     for d in have, made:
         if isinstance(d['train'], dict): d['train'] = {k: v for k,v in d['train'].items() if k not in LIVE}
     try: check_same(have, made, f"{path/'config.json'}", values=True)
@@ -928,6 +934,22 @@ def note(run:Run, losses:dict, norm:float, batches:list) -> None:
     for k,v in dict(losses, grad_norm=norm, n=1).items(): run.sums[k] = run.sums.get(k, 0) + v
     run.images += sum(len(images) for images,_ in batches)*world_size(); run.busy += time.monotonic() - run.began
 
+def event_writer(): # class
+    "torch's writer of TensorBoard's event files."
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--log tensorboard needs another package: pip install 'ala_nb[log]'; or leave --log "
+                         "out") from None
+    return SummaryWriter
+
+@contextlib.contextmanager
+def board(run:Run):
+    "Inside, `run.board` takes every row of metrics.csv too, if asked for; what a killed run wrote ahead is hidden."
+    if run.config.log != 'tensorboard' or not is_main(): yield; return
+    run.board = event_writer()(str(run.path/'tensorboard'), purge_step=run.step + 1)
+    try: yield
+    finally: run.board.close(); run.board = None
+
 def write_row(run:Run, metrics:dict) -> None:
     "Write the row and begin the next."
     means = {k: v/run.sums['n'] for k,v in run.sums.items() if k != 'n'}
@@ -935,9 +957,11 @@ def write_row(run:Run, metrics:dict) -> None:
     columns = METRICS + MASKS*run.model.method.masks + ('AP_nms','AP_no_nms')*run.config.eval_both
     measured = {k: metrics[k] if metrics.get(k, -1) >= 0 else '' for k in columns}  # -1: there was no such object
     if is_main():
-        run.table.append(dict(step=run.step, epoch=run.epoch, lr=run.lr, loss=sum(losses.values()), **means, **measured,
-                              images_per_s=run.images/(run.busy or math.inf), data_s=run.waiting/run.sums['n'],
-                              seconds=run.seconds))
+        row = dict(step=run.step, epoch=run.epoch, lr=run.lr, loss=sum(losses.values()), **means, **measured,
+                   images_per_s=run.images/(run.busy or math.inf), data_s=run.waiting/run.sums['n'], seconds=run.seconds)
+        run.table.append(row)
+        for k,v in row.items():
+            if run.board is not None and k != 'step' and v != '': run.board.add_scalar(k, v, run.step)
     run.sums, run.images, run.busy, run.waiting = {}, 0, 0., 0.
 
 # %% ../nbs/16_train.ipynb #c056
@@ -986,7 +1010,7 @@ def train(
     c, clock0 = run.config, time.monotonic() - run.seconds
     if log and is_main(): log(describe(run)); warn(run, log)
     owned = owning(run.path) if is_main() else contextlib.nullcontext()
-    with owned, Stop(alone=world_size() == 1) as stop, Progress(run, log) as progress:
+    with owned, board(run), Stop(alone=world_size() == 1) as stop, Progress(run, log) as progress:
         try:
             for batches in steps(run, stop):
                 if batches:                                          # none: a resumed run owes its evaluation

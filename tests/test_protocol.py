@@ -106,3 +106,37 @@ def test_several_folders(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert T.main(['--data', 'VOC2007', 'VOC2021', *small]) == 2
     assert 'VOC2021: no such folder' in capsys.readouterr().err
+
+def test_tensorboard(tmp_path, monkeypatch, capsys):
+    "Every row of metrics.csv, at its step; a resumed run goes on in the same place; without the package a line, and nothing is made."
+    import csv, sys, types
+    said, made = [], []
+    class Writer:
+        def __init__(self, folder, purge_step): made.append((Path(folder).name, purge_step))
+        def add_scalar(self, name, value, step): said.append((name, float(value), step))
+        def close(self): made.append('closed')
+    monkeypatch.chdir(tmp_path)
+    args = ['--steps', '4', '--train_images', '8', '--batch_size', '2', '--eval_every', '0', '--log_every', '2', '--log', 'tensorboard', '--out', 'run']
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)                       # an import of it fails
+    assert T.main(args) == 2 and not Path('run').exists()
+    err = capsys.readouterr().err; assert 'ala_nb[log]' in err and err.count('\n') == 1
+    fake = types.ModuleType('torch.utils.tensorboard'); fake.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', fake)
+    assert T.main(args) == 0
+    rows = list(csv.DictReader(Path('run/metrics.csv').open()))
+    want = [(k, float(v), int(r['step'])) for r in rows for k, v in r.items() if k != 'step' and v != '']
+    assert [(k, s) for k, _, s in said] == [(k, s) for k, _, s in want] and {s for *_, s in said} == {2, 4}
+    assert all(a[1] == pytest.approx(b[1], rel=1e-3, abs=1e-3) for a, b in zip(said, want) if a[0] in ('loss', 'lr', 'epoch'))
+    assert made == [('tensorboard', 1), 'closed']
+    assert T.main(['--resume', 'run']) == 0 and made[2:] == [('tensorboard', 5), 'closed']
+
+def test_resume_of_a_run_from_before_a_knob(tmp_path, monkeypatch, capsys):
+    "A run whose files do not know an option goes on with its default; one with another value in the checkpoint does not."
+    monkeypatch.chdir(tmp_path)
+    assert T.main(['--steps', '4', '--train_images', '8', '--batch_size', '2', '--eval_every', '0', '--out', 'run']) == 0
+    config = json.loads(Path('run/config.json').read_text()); state = torch.load('run/state.pt', weights_only=False)
+    for d in (config['train'], state['made']['train']): del d['bias_lr'], d['log']
+    Path('run/config.json').write_text(json.dumps(config)); torch.save(state, 'run/state.pt')
+    assert T.main(['--resume', 'run']) == 0
+    state['made']['train']['bias_lr'] = 2.; torch.save(state, 'run/state.pt'); capsys.readouterr()
+    assert T.main(['--resume', 'run']) == 2 and 'bias_lr' in capsys.readouterr().err
