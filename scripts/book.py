@@ -67,7 +67,7 @@ def exporter():
     class Book(HTMLExporter):
         @pass_context
         def markdown2html(self, context, source): return MarkdownWithMath(renderer=Renderer(escape=False, exclude_anchor_links=True)).render(source)
-    return Book(template_name='basic')
+    return Book(template_name='basic', exclude_input_prompt=True, exclude_output_prompt=True)
 
 def prepared(nb, name, cfg):
     "A notebook without hidden cells and directives, its links and boxes as the site needs them."
