@@ -6,8 +6,8 @@
 __all__ = ['REFERENCE_FPPI', 'METRICS', 'match_detections', 'precision_recall', 'average_precision', 'coco_results',
            'evaluate_coco', 'coco_table', 'match_voc', 'evaluate_voc', 'miss_rate', 'jaccard_index',
            'evaluate_crowdhuman', 'rescale_boxes', 'detecting', 'draws_masks', 'with_masks', 'predict_dataset',
-           'finite_outputs', 'source_results', 'run_config', 'match_classes', 'pick_device', 'compute_metrics',
-           'metrics_text', 'add_inference', 'make_parser', 'run_sizes', 'evaluate_run', 'main']
+           'finite_outputs', 'source_results', 'write_voc_results', 'run_config', 'match_classes', 'pick_device',
+           'compute_metrics', 'metrics_text', 'add_inference', 'make_parser', 'run_sizes', 'evaluate_run', 'main']
 
 # %% ../nbs/15_evaluate.ipynb #c002
 import argparse, contextlib, importlib.util, io, itertools, json, sys
@@ -376,6 +376,25 @@ def source_results(
     return [dict(r, image_id=image[r['image_id']], category_id=kind.get(r['category_id'], r['category_id']))
         for r in results]
 
+# %% ../nbs/15_evaluate.ipynb #c061v
+def write_voc_results(
+    folder,       # made, if it is not there
+    ds,           # DetectionDataset that was detected in; its pictures' names are those of VOC
+    results:list, # COCO results with the ids of `ds`
+    names:dict,   # category id -> class name
+)->list: # paths of the files, one a class
+    "Detections as VOC's server wants them: comp4_det_SPLIT_CLASS.txt, corners from 1 and inclusive."
+    folder, stem = Path(folder), dict(zip(ds.ids, (Path(f).stem for f in ds.files)))
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise InputError(f'--voc_results {folder}: cannot be made ({e.strerror})') from None
+    lines = {k: [] for k in names}
+    for r in results:
+        x, y, w, h = r['bbox']
+        lines[r['category_id']].append(f"{stem[r['image_id']]} {r['score']:.6f} {x+1:.2f} {y+1:.2f} {x+w:.2f} {y+h:.2f}")
+    files = [folder/f'comp4_det_{ds.split}_{n}.txt' for n in names.values()]
+    for f,found in zip(files, lines.values()): f.write_text(''.join(l+'\n' for l in found), encoding='utf-8')
+    return files
+
 # %% ../nbs/15_evaluate.ipynb #c062
 def run_config(
     run, # run directory
@@ -497,6 +516,7 @@ def make_parser():
         help="detections an image for COCO's recalls and, the largest, its AP [1 10 100]")
     o = p.add_argument_group('output')
     o.add_argument('--out', metavar='FILE', help='write all numbers as JSON')
+    o.add_argument('--voc_results', metavar='DIR', help="write the detections as VOC's server wants them, a file a class")
     o.add_argument('--results', metavar='FILE', help="write the detections as COCO's JSON list of results; also of a split "
                    'without objects (test-dev2017), for its server')
     return p
@@ -520,6 +540,7 @@ def evaluate_run(
     progress:bool=False,
     method=None,              # name or 'package.module:Class'; None: the run's
     unlabelled:bool=False,    # take a split without objects too: nothing is measured then
+    voc_results=None,         # folder for files as VOC's server wants them
     **how,               # nms, score_threshold, nms_threshold, max_detections, soft_nms; scales and flip for a multi-scale test
 ): # metrics {name: numbers}, COCO results with the ids of the user's file
     "Evaluate a run on a split."
@@ -539,6 +560,7 @@ def evaluate_run(
     if progress: print(report(ds, *sizes), flush=True)                          # also what it leaves out
     with finite_outputs(model): results = predict_dataset(model, ds, eval_transforms(*sizes), batch_size, workers, device, progress, ids, **how)
     found = compute_metrics(truth, results, metrics, backend, max_dets)
+    if voc_results: write_voc_results(voc_results, ds, results, dict(zip(ids, config['classes'])))
     return found, source_results(ds, results)
 
 def main(

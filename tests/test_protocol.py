@@ -102,7 +102,14 @@ def test_several_folders(tmp_path, capsys, monkeypatch):
     run, = Path('runs').iterdir(); assert run.name.startswith('VOC2007+VOC2012-')
     data = json.loads((run/'config.json').read_text())['train']['data']
     assert data == os.pathsep.join(str((tmp_path/d).absolute()) for d in ('VOC2007', 'VOC2012'))
-    assert T.main(['--resume', str(run)]) == 0 and E.main([str(run)]) == 0
+    assert T.main(['--resume', str(run)]) == 0
+    assert E.main([str(run), '--voc_results', 'sent', '--results', 'r.json', '--score_threshold', '0', '--max_detections', '3']) == 0
+    sent = {f.name: f.read_text().splitlines() for f in Path('sent').iterdir()}; boxes = json.loads(Path('r.json').read_text())
+    assert set(sent) == {f'comp4_det_trainval_{c}.txt' for c in ('cat', 'dog', 'person')} and sum(map(len, sent.values())) == len(boxes) > 0
+    name, score, *corners = next(iter(sent['comp4_det_trainval_cat.txt'] or sent['comp4_det_trainval_dog.txt'] or sent['comp4_det_trainval_person.txt'])).split()
+    close = lambda b: abs(b['score']-float(score)) < 1e-5 and all(abs(float(c)-v) < .006 for c, v in zip(corners,
+               (b['bbox'][0]+1, b['bbox'][1]+1, b['bbox'][0]+b['bbox'][2], b['bbox'][1]+b['bbox'][3])))
+    assert any(map(close, boxes)) and name.startswith('20')
     capsys.readouterr()
     assert T.main(['--data', 'VOC2007', 'VOC2021', *small]) == 2
     assert 'VOC2021: no such folder' in capsys.readouterr().err
@@ -140,3 +147,17 @@ def test_resume_of_a_run_from_before_a_knob(tmp_path, monkeypatch, capsys):
     assert T.main(['--resume', 'run']) == 0
     state['made']['train']['bias_lr'] = 2.; torch.save(state, 'run/state.pt'); capsys.readouterr()
     assert T.main(['--resume', 'run']) == 2 and 'bias_lr' in capsys.readouterr().err
+
+def test_objects365(tmp_path):
+    "Its files' names: zhiyuan_objv2_SPLIT.json, pictures in SPLIT/patchN while the file says images/v2/patchN."
+    for split, patch in (('train', 'patch0'), ('val', 'patch16')):
+        (tmp_path/split/patch).mkdir(parents=True); (tmp_path/'annotations').mkdir(exist_ok=True)
+        names = [f'objects365_v2_{split}{i:06d}.jpg' for i in range(2)]
+        for i, name in enumerate(names): Image.new('RGB', (40, 30), (9*i, 0, len(split))).save(tmp_path/split/patch/name)
+        images = [dict(id=i, file_name=f'images/v2/{patch}/{name}', width=40, height=30) for i, name in enumerate(names)]
+        found = [dict(id=1, image_id=0, category_id=2, bbox=[1, 1, 9, 9], area=81, iscrowd=0)]
+        (tmp_path/'annotations'/f'zhiyuan_objv2_{split}.json').write_text(json.dumps(dict(images=images, annotations=found,
+            categories=[dict(id=1, name='Person'), dict(id=2, name='Sneakers')])))
+    for split in ('train', 'val'):
+        ds = load_dataset(tmp_path, split)
+        assert len(ds) == 2 and ds.classes == ['Person', 'Sneakers'] and all(split in f.parts for f in ds.files) and ds.report['objects'] == 1
