@@ -252,7 +252,7 @@ def focal_loss(
 # name -> 'module:Class', or the class itself
 METHODS = dict(fcos='ala_nb.fcos:FCOS', atss='ala_nb.ciou_atss:ATSS', ciou_atss='ala_nb.ciou_atss:CombinedIoU',
                autoassign='ala_nb.autoassign:AutoAssign', dw='ala_nb.dw:DW', poto='ala_nb.o2f:POTO',
-               o2f='ala_nb.o2f:OneToFew', hybrid='ala_nb.defcn:HybridEpoch', ala='ala_nb.ala:ALA', tood='ala_nb.tood:TOOD',
+               o2f='ala_nb.o2f:OneToFew', hybrid='ala_nb.defcn:HybridEpoch', ala='ala_nb.ala:ALA', tood='ala_nb.tood:TOOD', retina='ala_nb.retina:RetinaNet',
                gfl='ala_nb.gfl:GFL', gflv2='ala_nb.gfl:GFLV2',
                vfnet='ala_nb.vfnet:VFNet')
 # with masks: their targets need some, see `Method.masks`

@@ -206,8 +206,8 @@ ROWS['AutoAssign'] = """
 4 | P(loc) alone | 39.7 | autoassign confidence='loc'
 4, 5 | without objectness | 39.4 | autoassign objectness='none'
 4 | explicit objectness | 39.5 | autoassign objectness='explicit'
-5 | RetinaNet | 35.9 | – RetinaNet's anchors and assignment
-5 | RetinaNet with ImpObj | 36.1 | – RetinaNet's anchors and assignment
+5 | RetinaNet (here with one anchor a location) | 35.9 | retina
+5 | RetinaNet with ImpObj (the same) | 36.1 | retina third_branch='objectness'
 5 | FCOS without ImpObj | 38.8 | fcos
 5 | FCOS with ImpObj | 39.0 | fcos third_branch='objectness'
 5 | FreeAnchor | 38.3 | – FreeAnchor

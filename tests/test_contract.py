@@ -8,7 +8,7 @@ from ala_nb.pairs import Objects
 
 FORMS = dict(ala=[dict(variant='paper'), dict(one_to_one=True), dict(variant='paper', one_to_one=True)], atss=[dict(variant='released'), dict(variant='mmdet')],
              autoassign=[dict(variant='paper')], ciou_atss=[dict(variant='released')], dw=[dict(variant='paper')], o2f=[dict(variant='paper')],
-             gfl=[dict(pred_weight=1.)], gflv2=[dict(pred_weight=1.)], vfnet=[dict(pred_weight=1.)], tood=[dict(warmup=0.), dict(warmup=0., task_head=False)])
+             gfl=[dict(pred_weight=1.)], gflv2=[dict(pred_weight=1.)], vfnet=[dict(pred_weight=1.)], tood=[dict(warmup=0.), dict(warmup=0., task_head=False)], retina=[dict(third_branch='objectness')])
 METHODS = [(name, options) for name in box_methods() for options in [{}, *FORMS.get(name, [])]]
 title = lambda name, options: ' '.join([name, *(v if isinstance(v, str) else k for k, v in options.items())])
 each = pytest.mark.parametrize('name,options', METHODS, ids=[title(*m) for m in METHODS])
@@ -75,6 +75,7 @@ def divisors(name, m, out):
     "What each loss was divided by: counts and sums over the batch. Nothing else may depend on who shares it."
     p, w, variant = out.pairs, out.weights, getattr(m, 'variant', None)
     at_least = lambda x, least=1.: max(float(torch.as_tensor(x).detach()), least)
+    if name == 'retina': return dict.fromkeys(out.losses, at_least(w['pos'].sum()))
     if name == 'tood': return dict(loss_cls=at_least(w['target'].sum()), loss_reg=at_least(w['quality'].sum()))
     if name in ('fcos', 'atss', 'ciou_atss', 'hybrid'):
         n, box = at_least(w['pos'].sum()), at_least(w['quality'].sum(), 1e-6)
@@ -203,6 +204,7 @@ TEACHES = {
     'poto': dict(loss_cls=JOINT, loss_reg={'reg'}), 'hybrid': dict(loss_cls=JOINT, loss_reg={'reg'}),
     **{k: HARD | dict(loss_dfl={'reg'}) for k in ('gfl', 'gfl pred_weight')}, **{k: dict(loss_cls=JOINT, loss_reg={'reg'}, loss_dfl={'reg'}) for k in ('gflv2', 'gflv2 pred_weight')},
     **{k: HARD | dict(loss_coarse={'reg'}) for k in ('vfnet', 'vfnet pred_weight')},                             # what they read besides is made from the distances
+    'retina': HARD, 'retina objectness': dict(loss_cls=JOINT, loss_reg={'reg'}),
     'tood': dict(loss_cls=JOINT, loss_reg={'reg'}), 'tood warmup': dict(loss_cls=JOINT, loss_reg={'reg'}), 'tood warmup task_head': HARD,   # the metric is detached
     'ala': dict(loss_hard=QUALITY, loss_soft=QUALITY, loss_neg={'cls'}, loss_property={'prop'}),                 # μ's and σ's layer learns, the features it pools do not move
     'ala one_to_one': dict(loss_hard=QUALITY, loss_soft=set(), loss_neg={'cls'}, loss_property={'prop'}),       # no soft set

@@ -17,7 +17,7 @@ CASES = [('fcos', {}), ('fcos', dict(centre_sampling=None)), ('atss', {}), ('ats
          ('dw', dict(weighting='autoassign')), ('dw', dict(weighting='gfl')), ('dw', dict(weighting='vfl', variant='paper')), ('dw', dict(weighting='tood', bag='radius')), ('dw', dict(weighting='musu')),
          ('gfl', {}), ('gflv2', dict(pred_weight=1.)), ('vfnet', {}), ('vfnet', dict(anchor_weight='falling', pred_weight='rising')),
          ('poto', {}), ('poto', dict(use_objectness=False, alpha=.5)), ('o2f', {}), ('o2f', dict(variant='paper', match='add', K=3)), ('o2f', dict(t=.3)),
-         ('tood', dict(anchor_scale=4.)), ('tood', dict(warmup=0.)), ('tood', dict(warmup=0., inside_first=True, k=5)), ('tood', dict(warmup=0., task_head=False)),
+         ('retina', dict(anchor_scale=4.)), ('retina', dict(anchor_scale=4., rescue=False, high=.6)), ('tood', dict(anchor_scale=4.)), ('tood', dict(warmup=0.)), ('tood', dict(warmup=0., inside_first=True, k=5)), ('tood', dict(warmup=0., task_head=False)),
          ('ala', {}), ('ala', dict(one_to_one=True)), ('ala', dict(variant='paper')), ('ala', dict(threshold=.7)), ('ala', dict(threshold=None)),
          ('ala', dict(parts='confidence', confidence='add', loc='exp_giou')), ('ala', dict(parts='weight', property='none')),
          ('ala', dict(loc='power', xi=.4, centre='fixed', at_least_one=False)), ('ala', dict(strategy='pnlp')), ('ala', dict(strategy='latent', threshold=.6)),

@@ -8,12 +8,12 @@ from ala_nb.geometry import boxes_to_distances, grid_points, level_sizes
 from ala_nb.methods import build, Method
 from ala_nb.pairs import Objects, Pairs, Predictions
 
-MODULES = ['fcos', 'ciou_atss', 'autoassign', 'dw', 'o2f', 'ipb', 'opm', 'ps3', 'ala', 'defcn', 'gfl', 'vfnet', 'tood']
+MODULES = ['fcos', 'ciou_atss', 'autoassign', 'dw', 'o2f', 'ipb', 'opm', 'ps3', 'ala', 'defcn', 'gfl', 'vfnet', 'tood', 'retina']
 K, STRIDES = 3, (8, 16, 32)
 
 # what uses a function or a method: name of a method and options; without an entry, the module's first method as it is
 BUILD = dict(fcos=('fcos', {}), ciou_atss=('ciou_atss', {}), autoassign=('autoassign', {}), dw=('dw', {}), o2f=('o2f', {}), ipb=('ala', {}), opm=('ala', {}), ps3=('ala', {}), ala=('ala', {}), defcn=('poto', dict(aux='atss')),
-             gfl=('gflv2', dict(pred_weight=1.)), vfnet=('vfnet', dict(pred_weight=1.)), tood=('tood', dict(warmup=0.)))
+             gfl=('gflv2', dict(pred_weight=1.)), vfnet=('vfnet', dict(pred_weight=1.)), tood=('tood', dict(warmup=0.)), retina=('retina', dict(anchor_scale=4.)))
 BUILD |= {
     'ciou_atss.weight_at': ('ciou_atss', dict(pred_weight='rising')),
     'o2f.match_one_to_one': ('poto', {}), 'o2f.POTO': ('poto', dict(aux='atss')), 'o2f.auxiliary_rule': ('poto', dict(aux='fcos')),
@@ -29,7 +29,7 @@ EXCEPT = {
     'defcn.strongest': 'part of the head', 'defcn.dense_hybrid': 'the reference',
     **dict.fromkeys(('gfl.bin_mean', 'gfl.distribution_statistics', 'vfnet.star_shifts'), 'the head uses it'),
     **dict.fromkeys(('gfl.dense_gfl', 'gfl.dense_gflv2', 'vfnet.dense_vfnet'), 'the reference'),
-    **dict.fromkeys(('tood.dense_tood', 'tood.tood_sets'), 'the reference'), **dict.fromkeys(('tood.tower_layers', 'tood.joint', 'tood.read_sides'), 'part of the head'),
+    **dict.fromkeys(('tood.dense_tood', 'tood.tood_sets', 'retina.dense_retina'), 'the reference'), **dict.fromkeys(('tood.tower_layers', 'tood.joint', 'tood.read_sides'), 'part of the head'),
     'ipb.map_iou': "the measure of ALA's Table II, no part of a loss"}
 UNREAD = 'location_scores', 'combine', 'scores', 'explain', 'over_candidates', 'dual_rule', 'coupled_rule'   # what ranks detections, and what explains weights: no loss reads them
 
