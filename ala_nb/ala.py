@@ -62,7 +62,8 @@ class ALA(Method):
         losses:str='HSN',         # those of hard (H), soft (S) and negative (N) samples (Table XI)
         without_soft:str='negative', # Alg. 1's soft samples without S: 'negative', 'positive' or 'silent' (neither)
         one_to_one:bool=False,    # Sec. IV-D: the best pair of the hard set is the only positive, no NMS
-        negatives:str='class',    # their cost (working): FL(P_cls, 0); 'joint' FL(P_cls·P_F, 0), 'weight' M⁻·FL(P_cls, 0)
+        # their cost (working): FL(P_cls, 0); 'joint' FL(P_cls·P_F, 0), 'weight' M⁻·FL(P_cls, 0)
+        negatives:str='class',
         inner:str='full',         # negatives inside boxes (working): 'full' weight, or 'mean' over each object's set
         background_weight:float=.3, # of the property branch outside all boxes (working, negatives='class')
         score_gamma:float=0.,     # score = P(cls) · P_F^gamma
@@ -115,7 +116,7 @@ def _set(self:ALA, o):
 # %% ../nbs/14_ala.ipynb #a_ls
 @patch
 def location_scores(self:ALA, preds):
-    "Objectness or centre-ness where that is the property, the foreground map to the power `score_gamma`, or None."
+    "Objectness or center-ness where that is the property, the foreground map to the power `score_gamma`, or None."
     if self.property in ('impobj','centerness'): return super(ALA, self).location_scores(preds)
     if self.score_gamma == 0: return None
     maps = self.maps(preds)

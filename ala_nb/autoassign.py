@@ -91,7 +91,8 @@ def center_loss(
 )->Tensor: # 0-dim
     "The release's third loss: objects over summed prior, mean over images (0 without any location). It keeps σ wide."
     mass = prior.new_zeros(objects.n_images).index_add(0, objects.image, prior)
-    return torch.where(mass > 0, objects.counts/mass.clamp(min=EPS), 0.).sum()/normalizer(mass.new_tensor(float(objects.n_images)))
+    return torch.where(mass > 0, objects.counts/mass.clamp(min=EPS),
+                       0.).sum()/normalizer(mass.new_tensor(float(objects.n_images)))
 
 def explicit_objectness(
     obj_logits:Tensor, # (B, P)
@@ -210,13 +211,15 @@ def assign(self:AutoAssign, preds, objects, progress):
 @patch
 def explain(self:AutoAssign, preds, pairs, obj_logits, cls_logits):
     "Factors, formulas and constants behind the weights."
-    obj, dist, targets = None if obj_logits is None else pairs.gather(obj_logits[:,None])[0], pairs.distances(preds), pairs.targets
+    obj, dist, targets = (None if obj_logits is None else pairs.gather(obj_logits[:,None])[0],
+                          pairs.distances(preds), pairs.targets)
     mu, sigma = (x.to(dist.dtype).expand(self.num_classes, 2)[pairs.objects.labels] for x in (self.mu, self.sigma))
     factors = dict(score=scores(cls_logits, obj)[0], giou=distance_giou(dist, targets), prior=pairs.gaussian(mu, sigma))
     seen = dict(joint='exp(confidence/tau)', cls='exp(score/tau)', loc='exp(loc/tau)', none='1')[self.confidence]
     trust = seen + '*prior'*(self.centre != 'none')
     formula = dict(loc='exp(-lam*(1 - giou))', confidence='score*loc', pos=f'share({trust})')
-    if not self.negative_weighting: return factors, formula | dict(neg='1 + 0*pos'), dict(lam=self.reg_weight, tau=self.tau)
+    if not self.negative_weighting:
+        return factors, formula | dict(neg='1 + 0*pos'), dict(lam=self.reg_weight, tau=self.tau)
     factors['best_iou'] = self.best(preds, pairs)
     formula |= dict(near='1/max(1 - best_iou, 1e-12)', neg='(best(near) - near)/(best(near) - least(near) + 1e-12)')
     return factors, formula, dict(lam=self.reg_weight, tau=self.tau)

@@ -116,7 +116,7 @@ def padding_cost(
 
 # %% ../nbs/07_ciou_atss.ipynb #c031
 class ATSS(Method):
-    "ATSS: positives by mean + standard deviation of the anchors' overlaps; centre-ness branch."
+    "ATSS: positives by mean + standard deviation of the anchors' overlaps; center-ness branch."
     variants, cls_loss = ('paper','released','mmdet'), 'focal'
     def __init__(self,
         num_classes:int,          # K

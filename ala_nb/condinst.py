@@ -104,13 +104,15 @@ def share_out(
 )->Tensor: # (E,) bool
     "At most `limit` pairs of an image, shared evenly among its objects."
     objects, n = pairs.objects, pairs.objects.n_images
-    served = torch.zeros(n, dtype=torch.long, device=pairs.obj.device).index_add_(0, objects.image, (pairs.lengths>0).long())
+    served = torch.zeros(n, dtype=torch.long, device=pairs.obj.device).index_add_(0, objects.image,
+                                                                                  (pairs.lengths>0).long())
     rank = pairs.rank(score)
     fair = rank < (limit//served.clamp(min=1)).clamp(min=1)[pairs.image]
     # the first of every object, the best first; then the second ...: places in the image
     order = score.detach().sort(descending=True, stable=True)[1]
     order = order[rank[order].sort(stable=True)[1]]; order = order[pairs.image[order].sort(stable=True)[1]]
-    count = torch.zeros(n, dtype=torch.long, device=order.device).index_add_(0, pairs.image, torch.ones_like(pairs.image))
+    count = torch.zeros(n, dtype=torch.long, device=order.device).index_add_(0, pairs.image,
+                                                                             torch.ones_like(pairs.image))
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device) - (count.cumsum(0)-count)[pairs.image[order]]
     return fair & (place < limit)
@@ -118,10 +120,12 @@ def share_out(
 # %% ../nbs/29_condinst.ipynb #n071
 class MaskBranch(Part):
     "CondInst's mask features, and the numbers of every location's filters."
-    def __init__(self, plan, channels:int=128, convs:int=4, norm:str='batch', levels:int=3, sizes:tuple=(8,8,3), finer:int=1):
+    def __init__(self, plan, channels:int=128, convs:int=4, norm:str='batch', levels:int=3,
+                 sizes:tuple=(8,8,3), finer:int=1):
         super().__init__(plan)
         make, self.finer = norm_layer(norm), finer
-        block = lambda into: nn.Sequential(nn.Conv2d(into, channels, 3, padding=1, bias=False), make(channels), nn.ReLU(inplace=True))
+        block = lambda into: nn.Sequential(nn.Conv2d(into, channels, 3, padding=1, bias=False), make(channels),
+                                           nn.ReLU(inplace=True))
         self.mask_levels = nn.ModuleList(block(plan.channels) for _ in plan.strides[:levels])
         self.mask_tower = nn.Sequential(*[block(channels) for _ in range(convs)])
         self.mask_features = nn.Conv2d(channels, sizes[0]*finer**2, 1)
@@ -143,7 +147,8 @@ class MaskBranch(Part):
 def mask_centers(
     objects:Objects, # with masks
 )->Tensor: # (N, 2) px, x then y
-    "Centroid of each mask, pixels counted by their upper left corner as in CondInst's release; of an empty mask the box's center."
+    """Centroid of each mask, pixels counted by their upper left corner as in CondInst's release; of an empty mask the
+    box's center."""
     out = [(objects.boxes[:,:2] + objects.boxes[:,2:])/2]
     for m in objects.masks:
         n, (h, w) = m.sum((1,2)), m.shape[1:]
@@ -163,7 +168,8 @@ def mask_targets(
     first = 0
     for i,m in enumerate(objects.masks):
         m = m[:, step//2::step, step//2::step]; n, h, w = m.shape
-        if h > size[0] or w > size[1]: raise InputError(f"targets[{i}]: masks are {tuple(objects.masks[i].shape)}, larger than the image")
+        if h > size[0] or w > size[1]:
+            raise InputError(f"targets[{i}]: masks are {tuple(objects.masks[i].shape)}, larger than the image")
         out[first:first+n,:h,:w] = m.bool(); first += n
     return out
 
@@ -175,13 +181,15 @@ class Masks:
         num_classes:int,
         mask_weight:float=1.,          # of the dice loss
         masks_per_image:int=64,        # most positives of an image that draw
-        mask_center:bool=None,         # center regions around the mask's centroid, not the box's middle; None: as the class has it
+        # center regions around the mask's centroid, not the box's middle; None: as the class has it
+        mask_center:bool=None,
         mask_channels:int=128,         # of the mask branch
         mask_convs:int=4,              # its convolutions after the levels are added
         mask_norm:str='batch',         # its normalisation: batch, group, eval or frozen
         filters:tuple=(8,8,3),         # maps of the branch, channels between the layers, layers
         upsample:int=2,                # enlargement of the logits before the loss
-        finer:int=1,                   # cells of the mask features in a cell of the finest level, along each side (1 as released)
+        # cells of the mask features in a cell of the finest level, along each side (1 as released)
+        finer:int=1,
         **options,
     ):
         super().__init__(num_classes, **options)
@@ -189,22 +197,27 @@ class Masks:
             f"filters: {filters!r}; give maps, channels and layers, as in (8, 8, 3)")
         for k,v in dict(masks_per_image=masks_per_image, upsample=upsample, finer=finer).items():
             if v < 1: raise InputError(f"{k}: {v}; give 1 or more")
-        self.mask_weight, self.masks_per_image, self.upsample = in_range('mask_weight', mask_weight, 0, 1e3), masks_per_image, upsample
+        self.mask_weight, self.masks_per_image, self.upsample = (in_range('mask_weight', mask_weight, 0, 1e3),
+                                                                 masks_per_image, upsample)
         self.finer = finer
         self.mask_center = self.centroids if mask_center is None else mask_center
         self.sizes, name = filter_sizes(*filters), 'condinst'
         own = dict(channels=mask_channels, convs=mask_convs, norm=mask_norm, sizes=tuple(filters), finer=finer)
-        self.head = dataclasses.replace(self.head, extra=(*self.head.extra, name), options={**self.head.options, name: own},
+        self.head = dataclasses.replace(self.head, extra=(*self.head.extra, name),
+                                        options={**self.head.options, name: own},
                                         reads=(*self.head.reads, ('controllers', filter_numbers(*filters))))
 
     def assign(self, preds, objects, progress):
         if len(objects) and objects.masks is None: raise InputError(
-            f"targets: no 'masks', and {type(self).__name__} learns from them; give (G, H, W) bool (of a data set: masks=True)")
-        if 'masks' not in preds.maps: raise InputError(f"maps: no 'masks' among {list(preds.maps)}; the head's part 'condinst' makes them")
+            f"targets: no 'masks', and {type(self).__name__} learns from them; give (G, H, W) bool (of a data set: "
+            "masks=True)")
+        if 'masks' not in preds.maps:
+            raise InputError(f"maps: no 'masks' among {list(preds.maps)}; the head's part 'condinst' makes them")
         if self.mask_center and objects.masks is not None:
             objects = copy.copy(objects); objects.centers = mask_centers(objects)
         out = super().assign(preds, objects, progress)
-        return dataclasses.replace(out, losses={**out.losses, 'loss_mask': self.mask_weight*self.mask_loss(preds, objects, out)})
+        return dataclasses.replace(
+            out, losses={**out.losses, 'loss_mask': self.mask_weight*self.mask_loss(preds, objects, out)})
 
 class CondInst(Masks, FCOS):
     "CondInst: FCOS's assignment, and a mask of every positive."
@@ -227,16 +240,20 @@ def drawing_pairs(self:Masks, preds, out)->Pairs:
     with torch.no_grad():
         score = preds.cls_logits.flatten(0,1)[pos.cell].sigmoid().amax(1)
         third = self.location_scores(preds)
-        keep = share_out(pos, score if third is None else score*third.flatten()[pos.cell], self.masks_per_image).nonzero().flatten()
-    return Pairs(pos.loc[keep], pos.obj[keep], torch.bincount(pos.obj[keep], minlength=len(p.objects)), preds, p.objects)
+        keep = share_out(pos, score if third is None else score*third.flatten()[pos.cell],
+                         self.masks_per_image).nonzero().flatten()
+    return Pairs(pos.loc[keep], pos.obj[keep],
+                 torch.bincount(pos.obj[keep], minlength=len(p.objects)), preds, p.objects)
 
 @patch
 def mask_loss(self:Masks, preds, objects, out)->Tensor:
     "Mean dice loss of the positives that draw (CondInst, Eq. 5)."
     features, filters, step = preds.maps['masks'], preds.extras['controllers'], preds.level_strides[0]/self.finer
-    pairs = self.drawing_pairs(preds, out); n = normalizer(torch.tensor(float(len(pairs)), device=features.device, dtype=features.dtype))
+    pairs = self.drawing_pairs(preds, out)
+    n = normalizer(torch.tensor(float(len(pairs)), device=features.device, dtype=features.dtype))
     if not len(pairs): return (features.sum() + filters.sum())*0
-    logits = mask_logits(features, pairs.image, filters.flatten(0,1)[pairs.cell], preds.points[pairs.loc], pairs.stride, step, self.sizes)
+    logits = mask_logits(features, pairs.image, filters.flatten(0,1)[pairs.cell], preds.points[pairs.loc],
+                         pairs.stride, step, self.sizes)
     logits = enlarge(logits, self.upsample)
     target = mask_targets(objects, logits.shape[1:], round(step/self.upsample))
     return dice_loss(logits, target[pairs.obj]).sum()/n
@@ -258,7 +275,8 @@ def draw(self:Masks,
     many = max(1, 2**25//(max(H, h+fold)*max(W, w+fold)))
     for k in range(0, len(at), many):
         mine = at[k:k+many]
-        x = mask_logits(features, torch.zeros_like(mine), filters[mine], preds.points[mine], preds.strides[mine], step, self.sizes)
+        x = mask_logits(features, torch.zeros_like(mine), filters[mine], preds.points[mine],
+                        preds.strides[mine], step, self.sizes)
         x = enlarge(enlarge(x, self.upsample).sigmoid(), fold)[:,:h,:w]
         if (H, W) != (h, w): x = F.interpolate(x[:,None], (H, W), mode='bilinear', align_corners=False)[:,0]
         out[k:k+many] = x > threshold

@@ -22,11 +22,13 @@ CAFFE = dict(bgr=True, std=[1/255]*3)    # pictures as Caffe's networks want the
 BY_CLASS = dict(select_by='class', score_power=1.)
 ANCHORS = dict(head_options=dict(box_activation='anchor', box_bias=0.), p7_relu=False)
 FORMS = dict(
-    fcos_v1=dict(method='fcos', method_options=dict(variant='mmdet', centre_sampling=None, reg_loss='iou'), head_options=dict(box_activation='exp_px', third_on='cls'),
+    fcos_v1=dict(method='fcos', method_options=dict(variant='mmdet', centre_sampling=None, reg_loss='iou'),
+                 head_options=dict(box_activation='exp_px', third_on='cls'),
                  nms_threshold=.5, **BY_CLASS),
     fcos=dict(method='fcos', method_options=dict(variant='mmdet'), head_options=dict(box_activation='relu'),
               **BY_CLASS),
-    condinst=dict(method='condinst', method_options=dict(variant='mmdet', masks_per_image=300), head_options=dict(box_activation='relu'), **BY_CLASS),
+    condinst=dict(method='condinst', method_options=dict(variant='mmdet', masks_per_image=300),
+                  head_options=dict(box_activation='relu'), **BY_CLASS),
     atss=dict(method='atss', method_options=dict(variant='mmdet', ignore_padding=True), **ANCHORS, **BY_CLASS),
     atss_authors=dict(method='atss', method_options=dict(variant='released'), select_by='class', **ANCHORS),
     dynamic_atss=dict(method='ciou_atss', method_options=dict(variant='released'), select_by='class', **ANCHORS),
@@ -35,8 +37,10 @@ FORMS = dict(
     dw=dict(method='dw', method_options=dict(refine='deform')),
     dw_plain=dict(method='dw'),
     o2f=dict(method='o2f'), tood=dict(method='tood', p7_relu=False),
-    gfl=dict(method='gfl', p7_relu=False, **BY_CLASS), gflv2=dict(method='gflv2', p7_relu=False), vfnet=dict(method='vfnet', **BY_CLASS),
-    torchvision=dict(method='fcos', method_options=dict(variant='torchvision'), head_options=dict(box_activation='relu', offset=0., level_scales=False),
+    gfl=dict(method='gfl', p7_relu=False, **BY_CLASS), gflv2=dict(method='gflv2', p7_relu=False),
+    vfnet=dict(method='vfnet', **BY_CLASS),
+    torchvision=dict(method='fcos', method_options=dict(variant='torchvision'),
+                     head_options=dict(box_activation='relu', offset=0., level_scales=False),
                      pad_to=128, score_threshold=.2, norm='frozen'))
 CAFFE_FORMS = 'fcos_v1', 'fcos', 'autoassign', 'autoassign_cvpods'   # published with Caffe-style ResNets
 
@@ -62,12 +66,14 @@ def guess_form(
     if has('bbox_head.vfnet_cls'): return 'vfnet'
     if 'norm_on_bbox' in config: return 'fcos' if re.search(r'norm_on_bbox\W*[=:]\s*True', config) else 'fcos_v1'
     if 'FCOSHead' in config: return 'fcos_v1'
-    raise InputError("--form: the weights do not say which FCOS they are; give fcos_v1 (exp, centre-ness on the class tower) or fcos (norm_on_bbox, centerness_on_reg)")
+    raise InputError("--form: the weights do not say which FCOS they are; give fcos_v1 (exp, centre-ness on the class "
+                     "tower) or fcos (norm_on_bbox, centerness_on_reg)")
 
 # %% ../nbs/22_convert.ipynb #v021
 BLOCKS = {(2,2,2,2,False): 'resnet18', (3,4,6,3,False): 'resnet34', (3,4,6,3,True): 'resnet50',
           (3,4,23,3,True): 'resnet101'}
-GROUPED = {(256,4): 'resnext101_64x4d', (256,8): 'resnext101_32x8d'}      # first 3x3 convolution: outputs, inputs a group
+# first 3x3 convolution: outputs, inputs a group
+GROUPED = {(256,4): 'resnext101_64x4d', (256,8): 'resnext101_32x8d'}
 
 def which_resnet(
     state:dict, # name -> tensor, our names
@@ -77,18 +83,22 @@ def which_resnet(
               for i in (1,2,3,4)]
     name = BLOCKS.get((*blocks, any(k.endswith('conv3.weight') for k in state)))
     first = state.get('body.layer1.0.conv2.weight')
-    if name is None or first is None: raise InputError(f"the backbone has {blocks} blocks in its four stages, which is none of our ResNets")
+    if name is None or first is None:
+        raise InputError(f"the backbone has {blocks} blocks in its four stages, which is none of our ResNets")
     if name == 'resnet101' and first.shape[0] != 64: name = GROUPED.get(tuple(first.shape[:2]))
-    if name is None: raise InputError(f"the backbone's 3x3 convolutions are {tuple(first.shape)}, which is none of our ResNeXts (64x4d, 32x8d)")
+    if name is None: raise InputError(f"the backbone's 3x3 convolutions are {tuple(first.shape)}, which is none of our "
+                                      "ResNeXts (64x4d, 32x8d)")
     return name, tuple(i+1 for i in (1,2,3,4) if f'body.layer{i}.0.conv2.conv_offset.weight' in state)
 
 def which_swin(
     state:dict, # name -> tensor, our names
 )->str:
     "The Swin Transformer by its blocks and its width."
-    blocks, width = len({k.split('.')[3] for k in state if k.startswith('body.features.5.')}), state['body.features.0.0.weight'].shape[0]
+    blocks, width = (len({k.split('.')[3] for k in state if k.startswith('body.features.5.')}),
+                     state['body.features.0.0.weight'].shape[0])
     name = {(6,96): 'swin_t', (18,96): 'swin_s', (18,128): 'swin_b'}.get((blocks, width))
-    if name is None: raise InputError(f"the backbone is a Swin Transformer of {width} channels with {blocks} blocks in its third stage, which is none of ours (swin_t, swin_s, swin_b)")
+    if name is None: raise InputError(f"the backbone is a Swin Transformer of {width} channels with {blocks} blocks in "
+                                      "its third stage, which is none of ours (swin_t, swin_s, swin_b)")
     return name
 
 def detector_options(
@@ -102,8 +112,9 @@ def detector_options(
     o['backbone'], deformable = (which_swin(state), ()) if swin else which_resnet(state)
     if style is None or swin:
         bottleneck, grouped = 'body.layer1.0.conv3.weight' in state, 'resnext' in o['backbone']
-        style = 'caffe' if folded_statistics({k: v for k,
-                                              v in state.items() if k.startswith('body.')}) and bottleneck or form in CAFFE_FORMS and not grouped and not swin else 'pytorch'
+        folded = folded_statistics({k: v for k,v in state.items() if k.startswith('body.')})
+        caffe = folded and bottleneck or form in CAFFE_FORMS and not grouped and not swin
+        style = 'caffe' if caffe else 'pytorch'
     if style == 'caffe': o.update(CAFFE)
     o['backbone_options'] = {} if swin else dict(style=style,
                                                  deformable=list(deformable)) if deformable else dict(style=style)
@@ -113,8 +124,10 @@ def detector_options(
     need = ('head.cls.weight', first, 'pyramid.fpn.inner_blocks.0.0.weight',
             'pyramid.fpn.extra_blocks.convs.0.weight')
     for k in need:
-        if k not in state: raise InputError(f"the weights hold no {k} (our name); is this a whole detector with a pyramid?")
-    o['trainable_layers'] = 3                                         # all of them were trained with the stem and the next stage frozen
+        if k not in state:
+            raise InputError(f"the weights hold no {k} (our name); is this a whole detector with a pyramid?")
+    # all of them were trained with the stem and the next stage frozen
+    o['trainable_layers'] = 3
     o['num_classes'], o['channels'] = state['head.cls.weight'].shape[:2]
     o['head_convs'] = sum(bool(re.fullmatch(tower, k)) and v.ndim == 4 for k,v in state.items())
     maps, extra = (len({k.split('.')[3] for k in state if part in k}) for part in ('inner_blocks','layer_blocks'))
@@ -124,12 +137,15 @@ def detector_options(
     head = o.setdefault('head_options', {})
     head['tower_bias'] = first.replace('weight', 'bias').replace('box', 'cls') in state
     if form == 'tood': head['options'] = dict(tower=dict(layers=o['head_convs']))
-    if form == 'condinst': o['method_options'].update(mask_channels=state['head.mask_features.weight'].shape[1], mask_convs=len({k.split('.')[2] for k in state if k.startswith('head.mask_tower.')}))
+    if form == 'condinst':
+        o['method_options'].update(mask_channels=state['head.mask_features.weight'].shape[1],
+                                   mask_convs=len({k.split('.')[2] for k in state if k.startswith('head.mask_tower.')}))
     if f"head.cls_tower.{3*(o['head_convs']-1)}.conv_offset.weight" in state: head['deform_last'] = True
     return o
 
 # %% ../nbs/22_convert.ipynb #v031
-LOGS = r'(mmengine\.logging\.history_buffer\.HistoryBuffer|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)|numpy\.(dtype|ndarray|dtypes\.\w+)|_codecs\.encode|builtins\.getattr|mmengine\.[\w.]+)'
+LOGS = (r'(mmengine\.logging\.history_buffer\.HistoryBuffer|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)'
+        r'|numpy\.(dtype|ndarray|dtypes\.\w+)|_codecs\.encode|builtins\.getattr|mmengine\.[\w.]+)')
 
 class Inert:
     "Stands for what a checkpoint holds beside its weights; does nothing."
@@ -140,7 +156,8 @@ class Inert:
 def read_checkpoint(
     path, # .pth, .pt or .safetensors
 ): # name -> tensor, the file's notes (dict)
-    "Weights of a checkpoint and what it says of itself; no code of the file is run. `InputError` if it cannot be read so."
+    """Weights of a checkpoint and what it says of itself; no code of the file is run. `InputError` if it cannot be read
+    so."""
     path = Path(path)
     if not path.is_file(): raise InputError(f"{path}: there is no such file")
     if path.suffix == '.safetensors':
@@ -150,11 +167,13 @@ def read_checkpoint(
     try:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         bad = next((g for g in unsafe if not re.fullmatch(LOGS, g)), None)
-        if bad: raise InputError(f"{path}: holds {bad}, which is neither a tensor nor a number; nothing of it was run, and nothing is read")
+        if bad: raise InputError(f"{path}: holds {bad}, which is neither a tensor nor a number; nothing of it was run, "
+                                 "and nothing is read")
         with torch.serialization.safe_globals([(Inert, g) for g in unsafe]): found = torch.load(path,
             map_location='cpu', weights_only=True)
     except InputError: raise
-    except Exception as e: raise InputError(f"{path}: cannot be read as weights ({type(e).__name__}: {str(e).splitlines()[0][:100] if str(e) else ''})") from e
+    except Exception as e: raise InputError(f"{path}: cannot be read as weights ({type(e).__name__}: "
+                                            f"{str(e).splitlines()[0][:100] if str(e) else ''})") from e
     notes = found.get('meta') if isinstance(found, dict) and isinstance(found.get('meta'), dict) else {}
     for key in ('state_dict','model'): found = found[key] if isinstance(found, dict) and isinstance(found.get(key),
         dict) else found
@@ -184,7 +203,8 @@ def convert_state(
 ): # detector in evaluation mode, names of tensors that have no place in it
     "Our detector with another program's weights."
     source = choice('--from', source, tuple(NAMES)) if source else made_by(state)
-    if source is None: raise InputError(f"these are not the weights of a detector that is known ({', '.join(NAMES)}); for a backbone alone use --weights")
+    if source is None: raise InputError(f"these are not the weights of a detector that is known ({', '.join(NAMES)}); "
+                                        "for a backbone alone use --weights")
     config = str((notes or {}).get('cfg') or (notes or {}).get('config') or '')
     form = form or guess_form(state, source, config)
     ours, left = our_names(state, source)
@@ -194,12 +214,15 @@ def convert_state(
     own = model.state_dict()
     left += [k for k in ours if k not in own and not k.endswith('num_batches_tracked')]
     wrong = next((k for k,v in own.items() if k in ours and ours[k].shape != v.shape), None)
-    if wrong: raise InputError(f"{wrong}: {tuple(ours[wrong].shape)} in the checkpoint, {tuple(own[wrong].shape)} in form {form}; give another --form")
+    if wrong: raise InputError(f"{wrong}: {tuple(ours[wrong].shape)} in the checkpoint, {tuple(own[wrong].shape)} in "
+                               f"form {form}; give another --form")
     missing = [k for k in own if k not in ours and not k.endswith(('num_batches_tracked','relative_position_index'))
                and k not in ('body.norms.0.weight','body.norms.0.bias')]
-    if missing: raise InputError(f"form {form} needs {len(missing)} tensors that the checkpoint does not have, first {missing[0]}; give another --form")
+    if missing: raise InputError(f"form {form} needs {len(missing)} tensors that the checkpoint does not have, first "
+                                 f"{missing[0]}; give another --form")
     model.load_state_dict({**own, **{k: v for k,v in ours.items() if k in own}})
-    for k in ('mean','std'): setattr(model, k, torch.tensor(model.config[k], dtype=model.mean.dtype).view(3,1,1))   # of float64 weights not rounded to float32
+    # of float64 weights not rounded to float32
+    for k in ('mean','std'): setattr(model, k, torch.tensor(model.config[k], dtype=model.mean.dtype).view(3,1,1))
     model.classes = class_names(notes or {}, model.num_classes, source)
     return model.eval(), left
 
@@ -227,7 +250,8 @@ def convert(
                                     converted=str(Path(checkpoint).name)), indent=1), encoding='utf-8')
     part.replace(out/'config.json')                                   # last: a folder without it is no run
     words = f"; {len(left)} tensors have no place in it and were left out, first {left[0]}" if left else ''
-    return f"{out}: {o['method']} on {o['backbone']}, {len(model.classes)} classes, {sum(p.numel() for p in model.parameters())/1e6:.1f} M parameters{words}"
+    return (f"{out}: {o['method']} on {o['backbone']}, {len(model.classes)} classes, "
+            f"{sum(p.numel() for p in model.parameters())/1e6:.1f} M parameters{words}")
 
 def main(
     argv=None, # list of arguments; None: of the command line
@@ -245,4 +269,5 @@ def main(
     return exit_code(lambda: print(convert(**vars(p.parse_args(underscored(argv))))))
 
 # %% ../nbs/22_convert.ipynb #v053
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())       # not in the notebook, whose name is __main__ too
+# not in the notebook, whose name is __main__ too
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -13,7 +13,8 @@ __all__ = ['SHAPES', 'SHAPES_VERSION', 'FOLDER_SIZE', 'FORM_NAMES', 'Bits', 'on_
            'all_splits', 'shared_pictures', 'opening', 'report_all', 'main']
 
 # %% ../nbs/04_data.ipynb #c002
-import base64, difflib, functools, hashlib, html, inspect, io, json, math, multiprocessing, os, pickle, signal, sys, threading
+import base64, difflib, functools, hashlib, html, inspect, io, json, math, multiprocessing, os, pickle, signal, sys
+import threading
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -29,9 +30,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from .geometry import InputError, box_area
-from .files import (Parser, check_faults, count_of, error_text, exit_code, naming, parse_pair, probe_image, read_image, read_json, read_text, said,
+from .files import (Parser, check_faults, count_of, error_text, exit_code, naming, parse_pair, probe_image,
+                          read_image, read_json, read_text, said,
                           shown, underscored)
-from .formats import (BOXES, FORMS, OPTIONS, Annotations, as_xywh, check_images, coco_splits, crowdhuman_splits, joined, pick_split, read_coco,
+from .formats import (BOXES, FORMS, OPTIONS, Annotations, as_xywh, check_images, coco_splits, crowdhuman_splits,
+                            joined, pick_split, read_coco,
                             read_crowdhuman, read_voc, recognise, roots, take_share, voc_splits)
 from .masks import decode_masks, encode_masks, mask_rle
 
@@ -148,8 +151,10 @@ _kinds = dict(classes=('a list of different names, such as ["cat","dog"]', _name
     objects=('two numbers, both whole: fewest and most', _two(_whole)),
     **dict.fromkeys(('sides','contrast'), ('two numbers, from and to', _two(_number))),
     **dict.fromkeys(('aspect','max_iou','min_visible','texture','noise'), _number_kind),
-    **dict.fromkeys(('clutter','seed'), ('a whole number', _whole)), n=('a whole number', lambda v: v is None or _whole(v)),
-    keep=('a number of bytes', lambda v: isinstance(v, Real)), config=('a ShapesConfig', lambda v: v is None or isinstance(v, ShapesConfig)),
+    **dict.fromkeys(('clutter','seed'), ('a whole number', _whole)),
+    n=('a whole number', lambda v: v is None or _whole(v)),
+    keep=('a number of bytes', lambda v: isinstance(v, Real)),
+    config=('a ShapesConfig', lambda v: v is None or isinstance(v, ShapesConfig)),
     val_share=('a number between 0 and 1', lambda v: _number(v) and 0<v<1),
     **dict.fromkeys(('rotate','masks','one_based','verify','use_ignored'), _bool_kind))
 
@@ -167,7 +172,8 @@ class ShapesConfig:
     "How `shapes` is drawn; the defaults are the standard set."
     classes:tuple=SHAPES         # names of the classes, in the order of their labels
     image_size:object=128        # px: side of the square image, or (height, width)
-    objects:tuple=(1,12)         # fewest and most objects an image (all must find a place: very crowded images get fewer)
+    # fewest and most objects an image (all must find a place: very crowded images get fewer)
+    objects:tuple=(1,12)
     sides:tuple=(10,.75)         # shortest side of an object in px, longest as a share of the image's shorter side
     aspect:float=2.              # largest ratio of an object's sides
     max_iou:float=.5             # two boxes of an image overlap at most this much
@@ -175,7 +181,8 @@ class ShapesConfig:
     contrast:tuple=(50.,150.)    # how far an object's colour is from the background's, in 0 ... 255
     texture:float=14.            # amplitude of the textures, in 0 ... 255
     noise:float=5.               # standard deviation of the noise of each pixel, in 0 ... 255
-    clutter:int=1                # at most this many strokes that are nobody's object lie behind the objects, half as many over them
+    # at most this many strokes that are nobody's object lie behind the objects, half as many over them
+    clutter:int=1
     rotate:bool=False            # objects at any angle, or upright and quarter turns only
 
     def __post_init__(self):
@@ -188,8 +195,10 @@ class ShapesConfig:
         for bad,what in [(unknown, f'classes: no shape {unknown}; there are {", ".join(SHAPES)}'),
                          (not self.classes, 'classes: name at least one'),
                          (min(self.hw)<16, f'image_size: {s} px is too small; take 16 or more'),
-                         (not 1<=self.objects[0]<=self.objects[1]<=20000, f'objects: {self.objects} must be 1 <= fewest <= most <= 20000'),
-                         (not 2<=lo<=hi<=min(self.hw), f'sides: {self.sides} is {lo:g} to {hi:g} px; need 2 <= from <= to <= image'),
+                         (not 1<=self.objects[0]<=self.objects[1]<=20000,
+                          f'objects: {self.objects} must be 1 <= fewest <= most <= 20000'),
+                         (not 2<=lo<=hi<=min(self.hw),
+                          f'sides: {self.sides} is {lo:g} to {hi:g} px; need 2 <= from <= to <= image'),
                          (self.aspect<1, f'aspect: {self.aspect} is below 1')]:
             if bad: raise InputError(what)
     @property
@@ -203,7 +212,8 @@ def draw_sides(bits, cfg, n):
     lo,hi = cfg.sides[0], cfg.sides[1]*min(cfg.hw)
     span = math.log2(hi/lo); far = min(math.log2(cfg.aspect), span)
     w = bits.uniform(0, span, n)
-    h = np.abs(w + bits.uniform(-far, far, n)); h = span - np.abs(span-h)   # reflected at both ends, which keeps the law of h uniform
+    # reflected at both ends, which keeps the law of h uniform
+    h = np.abs(w + bits.uniform(-far, far, n)); h = span - np.abs(span-h)
     wh = lo*2.**np.stack([w,h], 1)
     order = np.argsort(-wh.prod(1)*2.**bits.uniform(-1.5,1.5,n), kind='stable')
     return np.round(wh[order]*8)/8
@@ -211,12 +221,14 @@ def draw_sides(bits, cfg, n):
 def pair_iou(a, b):
     "IoU (n, m) of all boxes a (n, 4) with all b (m, 4), xyxy."
     a = a[:,None]
-    w = np.minimum(a[...,2],b[:,2]) - np.maximum(a[...,0],b[:,0]); h = np.minimum(a[...,3],b[:,3]) - np.maximum(a[...,1],b[:,1])
+    w = np.minimum(a[...,2],b[:,2]) - np.maximum(a[...,0],b[:,0])
+    h = np.minimum(a[...,3],b[:,3]) - np.maximum(a[...,1],b[:,1])
     inter, area = w.clip(0)*h.clip(0), lambda x: (x[...,2]-x[...,0])*(x[...,3]-x[...,1])
     return inter/(area(a)+area(b)-inter)
 
 def free_boxes(bits, cfg, wh, boxes, tries=48):
-    "Random places (n, 4) xyxy for an object of sides `wh` whose IoU with none of `boxes` exceeds `cfg.max_iou`, in random order."
+    """Random places (n, 4) xyxy for an object of sides `wh` whose IoU with none of `boxes` exceeds `cfg.max_iou`, in
+    random order."""
     h,w = cfg.hw
     xy = np.floor(bits.uniform(size=(tries,2))*((w,h)-wh)*8)/8
     new = np.concatenate([xy, xy+wh], 1)
@@ -231,7 +243,8 @@ def _window(box, cover):
 def draw_stroke(bits, cfg, img, base):
     "A thin stroke of random colour: clutter that looks like a piece of something and is no object."
     f, (h,w) = np.float32, cfg.hw
-    x,y,half,angle,r = bits.uniform(0,w), bits.uniform(0,h), bits.uniform(6,30), bits.uniform(0,2*math.pi), bits.uniform(.8,2.2)
+    x,y,half,angle,r = (bits.uniform(0,w), bits.uniform(0,h), bits.uniform(6,30), bits.uniform(0,2*math.pi),
+                        bits.uniform(.8,2.2))
     c,s = math.cos(angle), math.sin(angle); ex,ey = abs(c)*half+r+1, abs(s)*half+r+1
     left,right,top,bottom = max(0,int(x-ex)), min(w,int(x+ex)+1), max(0,int(y-ey)), min(h,int(y+ey)+1)
     gx = np.arange(left, right, dtype=f) + f(.5-x); gy = (np.arange(top, bottom, dtype=f) + f(.5-y))[:,None]
@@ -262,7 +275,8 @@ def place_object(bits, cfg, wh, boxes, owner, full, seen):
 def draw_scene(
     cfg:ShapesConfig, # how it looks
     *key:int,         # seed, split, index: integers >= 0
-)->dict: # image (3,H,W) uint8, boxes (G,4) float32 xyxy px, labels (G,) int64, owner (H,W) int16, visible (G,) share in sight
+# image (3,H,W) uint8, boxes (G,4) float32 xyxy px, labels (G,) int64, owner (H,W) int16, visible (G,) share in sight
+)->dict:
     "Draw one image of `shapes`: a pure function of the configuration and the key."
     bits, f = Bits(*key), np.float32
     img, base = draw_background(bits, cfg)
@@ -289,7 +303,8 @@ def draw_scene(
 
 # %% ../nbs/04_data.ipynb #c032
 class DetectionDataset(Dataset):
-    "Images with boxes. `ds[i]` is (image uint8 (3,H,W), target); subclasses say how an image and its objects are come by."
+    """Images with boxes. `ds[i]` is (image uint8 (3,H,W), target); subclasses say how an image and its objects are come
+    by."""
     masks = False          # do targets and ground truth have the objects' masks too?
     def __init__(self,
         name:str,          # what it is called
@@ -324,10 +339,12 @@ class DetectionDataset(Dataset):
         rows = zip(b.tolist(), o['labels'].tolist(), o['area'].tolist(), o['crowd'].int().tolist())
         return [dict(bbox=x, category_id=self.category_ids[l], area=a, iscrowd=c, ignore=c) for x,l,a,c in rows]
     def ground_truth(self):
-        "COCO-style dict (images, annotations numbered from 1, categories), in pixels of the images as they are on disk."
+        """COCO-style dict (images, annotations numbered from 1, categories), in pixels of the images as they are on
+        disk."""
         images = [dict(id=i, file_name=str(f), height=h, width=w) for i,f,
             (h,w) in zip(self.ids, self.files, self.sizes)]
-        mine = lambda i: [dict(a, segmentation=m) for a,m in zip(self.annotations(i), self.mask_codes(i), strict=True)] if self.masks else self.annotations(i)
+        mine = lambda i: [dict(a, segmentation=m) for a,m in zip(self.annotations(i), self.mask_codes(i),
+                                                                 strict=True)] if self.masks else self.annotations(i)
         found = [dict(a, image_id=self.ids[i]) for i in range(len(self)) for a in mine(i)]
         return dict(images=images, annotations=[dict(a, id=n) for n,a in enumerate(found, 1)],
                     categories=[dict(id=c, name=n) for c,n in zip(self.category_ids, self.classes)])
@@ -347,7 +364,8 @@ class DetectionDataset(Dataset):
                      dropped_outside='dropped: outside their image', empty='images without objects')
         more = '; '.join(f'{self.report[k]} {w}' for k,w in words.items() if self.report.get(k))
         objects = f'{self.report["objects"]} objects, ' if 'objects' in self.report else ''
-        return f'{shown(self.name)} {shown(self.split)}: {len(self)} images, {objects}{len(self.classes)} classes' + (f' ({more})' if more else '')
+        return (f'{shown(self.name)} {shown(self.split)}: {len(self)} images, {objects}{len(self.classes)} classes'
+                + (f' ({more})' if more else ''))
     def __repr__(self):
         return f'{type(self).__name__}({self.name}, {self.split}: {len(self)} images, {len(self.classes)} classes)'
 
@@ -363,7 +381,8 @@ class ShapesDataset(DetectionDataset):
         keep:int=2**31,    # largest number of bytes of images to keep in memory; a larger set is drawn anew each time
     ):
         check_kinds(dict(n=n, seed=seed, masks=masks, config=config, keep=keep))
-        if split not in _shapes_splits: raise InputError(f'split: shapes has no {split!r}; there are {", ".join(_shapes_splits)}')
+        if split not in _shapes_splits:
+            raise InputError(f'split: shapes has no {split!r}; there are {", ".join(_shapes_splits)}')
         self.config, self.seed, self.masks = config or ShapesConfig(), seed, masks
         self._part, n = list(_shapes_splits).index(split), _shapes_splits[split] if n is None else n
         if n < 1: raise InputError(f'n: {n} images; take 1 or more')
@@ -379,7 +398,8 @@ class ShapesDataset(DetectionDataset):
         if i not in self._rest:
             s = draw_scene(self.config, self.seed, self._part, i)
             if not self.kept: self._rest.clear()
-            if self._images is None: self._images = np.empty((len(self) if self.kept else 1, 3, *self.config.hw), np.uint8)
+            if self._images is None:
+                self._images = np.empty((len(self) if self.kept else 1, 3, *self.config.hw), np.uint8)
             self._images[i if self.kept else 0] = s.pop('image')
             if not self.masks: s.pop('owner')
             self._rest[i] = {k:torch.from_numpy(v) for k,v in s.items()}
@@ -389,13 +409,15 @@ class ShapesDataset(DetectionDataset):
         return torch.from_numpy(self._images[i if self.kept else 0]).clone()
     def objects(self, i):
         s = self._scene(i); b = s['boxes']
-        return dict(boxes=b.clone(), labels=s['labels'].clone(), crowd=torch.zeros(len(b), dtype=torch.bool), area=box_area(b))
+        return dict(boxes=b.clone(), labels=s['labels'].clone(),
+                    crowd=torch.zeros(len(b), dtype=torch.bool), area=box_area(b))
     def object_masks(self, i):
         s = self._scene(i)
         return (s['owner']==torch.arange(len(s['boxes']))[:,None,None]).to(torch.uint8)
     def prepare(self):
         if self.kept: [self._scene(i) for i in range(len(self))]
-    def __getstate__(self): return dict(self.__dict__, _images=None, _rest={})   # a worker that is not forked draws its own
+    # a worker that is not forked draws its own
+    def __getstate__(self): return dict(self.__dict__, _images=None, _rest={})
 
 # %% ../nbs/04_data.ipynb #c057
 def clip_boxes(
@@ -452,7 +474,8 @@ class FolderDataset(DetectionDataset):
         super().__init__(name, split, found.classes, found.category_ids, found.sizes, found.ids, found.files, report)
         self.source_ids, self.source_categories = found.source_ids, found.source_categories
         self.masks = found.masks is not None
-        if self.masks:                                                         # one string of bytes: nothing to copy in a worker process
+        # one string of bytes: nothing to copy in a worker process
+        if self.masks:
             mine = [found.masks[r] for r in rows]
             self._codes, self._code_at = b''.join(mine), np.cumsum([0, *map(len, mine)])
             for i in range(n): self._check_sizes(i)
@@ -474,7 +497,8 @@ class FolderDataset(DetectionDataset):
                 except InputError as e: raise InputError(f'{shown(self.files[i])}: has {e}') from None
     def object_masks(self, i): return decode_masks(self._packed(i), self.sizes[i])
     def mask_codes(self, i):
-        return [dict(size=list(self.sizes[i]), counts=mask_rle(m, self.sizes[i])['counts'].decode()) for m in self._packed(i)]
+        return [dict(size=list(self.sizes[i]), counts=mask_rle(m, self.sizes[i])['counts'].decode())
+                for m in self._packed(i)]
     def annotations(self, i):
         r, out = self._rows(i), []
         for b,l,a,c,k in zip(*(x[r].tolist() for x in (self._bbox, self._label, self._area, self._crowd,
@@ -542,7 +566,8 @@ class Report:
     # names of the pictures of objects that are 2 px thin, if others are not
     thin:list=field(default_factory=list)
     def __str__(self):
-        head = f'{shown(self.name)} {shown(self.split)}: {count_of(self.counts["images"], "image")}, {count_of(self.counts["objects"], "object")} to learn from, {count_of(len(self.classes), "class")}'
+        head = (f'{shown(self.name)} {shown(self.split)}: {count_of(self.counts["images"], "image")}, '
+                f'{count_of(self.counts["objects"], "object")} to learn from, {count_of(len(self.classes), "class")}')
         return '\n'.join([head, *(f'  {k:<12}{v}' for k,v in self.lines),
             *(f'  warning: {w}' for w in self.warnings)])
 
@@ -662,7 +687,8 @@ def _warn_classes(ds, r:Report)->list:
         out.append(f'{count_of(notes["polygon"], "object")} given by polygons or turned boxes; the upright box '
             'around each is taken')
     if notes.get('stroke'):
-        out.append(f'{count_of(notes["stroke"], "polygon")} of one or two points beside proper ones, left out of the masks')
+        out.append(f'{count_of(notes["stroke"], "polygon")} of one or two points beside proper ones, left out of '
+                   'the masks')
     return out
 
 # %% ../nbs/04_data.ipynb #r022
@@ -703,7 +729,8 @@ def _warn_images(ds, r:Report, same)->list:
 def need_objects(ds, size=None, max_size=None):
     "An InputError if there is nothing to learn: it names the cause. `size` and `max_size` (px) are those of training."
     c = ds.report
-    where = f'{shown(ds.name)}: the {shown(ds.split)} split has {count_of(len(ds), "image")} and no object to learn from'
+    where = (f'{shown(ds.name)}: the {shown(ds.split)} split has {count_of(len(ds), "image")} and no object to learn '
+             'from')
     if c.get('objects',1)<=c.get('crowd',0):
         causes = [f'{c["crowd"]:,} are marked {" or ".join(r for r in ds.rules if r)}' if c['crowd'] else '',
             f'{c["dropped_size"]:,} have no width or height' if c.get('dropped_size') else '',
@@ -713,7 +740,9 @@ def need_objects(ds, size=None, max_size=None):
             raise InputError(f'{where}; annotate some' + (', or bring the label files (labels/*.txt)'
                 if ds.notes.get('no label file') else ''))
         f = ds.looks_like
-        help = 'data option use_ignored=true learns them all the same' if c['crowd'] else f'read as {f} ({_meaning[f]}) they fit' + (f': data option bbox={f}' if ds.form=='coco' else '') if f else 'correct the boxes'
+        help = ('data option use_ignored=true learns them all the same' if c['crowd']
+                else f'read as {f} ({_meaning[f]}) they fit' + (f': data option bbox={f}' if ds.form=='coco' else '')
+                if f else 'correct the boxes')
         raise InputError(f'{where}: of '
             f'{count_of(c["crowd"]+c.get("dropped_size",0)+c.get("dropped_outside",0), "object")} ' f'{why}; {help}')
     if (size or max_size) and hasattr(ds, '_first'):
@@ -731,12 +760,14 @@ def _check_options(options, known, whose):
         if k not in known: raise InputError(f'{k}: {whose} has no such option; did you mean {", ".join(near)}?')
 
 def _given_once(f):
-    "Refuse an option that names an argument which is there already. Options are the user's, and Python would raise a TypeError."
+    """Refuse an option that names an argument which is there already. Options are the user's, and Python would raise a
+    TypeError."""
     names = list(inspect.signature(f).parameters)
     @functools.wraps(f)
     def call(*args, **options):
         for k in names[:len(args)]:
-            if k in options: raise InputError(f'{k}: is no option of a data set but an argument of its own; remove it from the options')
+            if k in options: raise InputError(f'{k}: is no option of a data set but an argument of its own; remove it '
+                                              'from the options')
         return f(*args, **options)
     return call
 
@@ -751,7 +782,8 @@ def _read_folder(root, split, format, classes, verify, val_share, masks, options
     form = format or forms[0]
     splits, reader = FORMS[form]
     if masks and 'masks' not in OPTIONS[form]:
-        raise InputError(f'{shown(root)}: masks are asked for, and {FORM_NAMES[form]} is read for its boxes; bring COCO JSON with a '
+        raise InputError(f'{shown(root)}: masks are asked for, and {FORM_NAMES[form]} is read for its boxes; bring '
+                         'COCO JSON with a '
             'segmentation in every annotation, or train a method without masks')
     if masks: options['masks'] = True
     _check_options(options, [*OPTIONS[form],'format','classes','verify','val_share'], form)
@@ -779,7 +811,8 @@ def load_folder(
     **options,        # coco: bbox, use_ignored; voc: one_based, use_ignored; crowdhuman: box, use_ignored
 )->FolderDataset:
     "Read a folder."
-    check_kinds(dict(options, verify=verify, masks=masks, **{k:v for k,v in dict(classes=classes, val_share=val_share).items()
+    check_kinds(dict(options, verify=verify, masks=masks,
+                     **{k:v for k,v in dict(classes=classes, val_share=val_share).items()
         if v is not None}))
     many = roots(root)
     read = lambda classes: [_read_folder(r, split, format, classes, verify, val_share, masks, options) for r in many]
@@ -823,12 +856,14 @@ def save_coco(
 
 # %% ../nbs/04_data.ipynb #c083
 class ShortSide(v2.Transform):
-    """Resize so that the short side is one of `sizes` px (drawn at random), or less where the long side would exceed `max_size`.
+    """Resize so that the short side is one of `sizes` px (drawn at random), or less where the long side would exceed
+    `max_size`.
     Without `sizes` the images whose long side exceeds `max_size` are shrunk to it, the others stay as they are."""
     def __init__(self, sizes=None, max_size=None):
         super().__init__()
         self.sizes, self.max_size = [sizes] if isinstance(sizes,int) else list(sizes or ()), max_size
-        if not self.sizes and (max_size is None or max_size<2): raise InputError(f'max_size: {max_size}; take 2 px or more, or give a size')
+        if not self.sizes and (max_size is None or max_size<2):
+            raise InputError(f'max_size: {max_size}; take 2 px or more, or give a size')
         if self.sizes and (min(self.sizes)<2 or (max_size is not None and max_size<max(self.sizes))):
             raise InputError(f'size: short side {self.sizes} px needs to be at least 2 and at most max_size {max_size}')
     def make_params(self, flat_inputs):
@@ -839,8 +874,9 @@ class ShortSide(v2.Transform):
         return dict(size=[max(1,round(h*r)), max(1,round(w*r))])
     def transform(self, inpt, params):
         if not isinstance(inpt, tv_tensors.Mask): return v2.functional.resize(inpt, params['size'], antialias=True)
-        # nearest by the centres of pixels: torchvision's own rule for masks moves them by up to half a pixel
-        exact = v2.functional.resize_image(inpt.as_subclass(Tensor), params['size'], v2.InterpolationMode.NEAREST_EXACT, antialias=False)
+        # nearest by the centers of pixels: torchvision's own rule for masks moves them by up to half a pixel
+        exact = v2.functional.resize_image(inpt.as_subclass(Tensor), params['size'],
+                                           v2.InterpolationMode.NEAREST_EXACT, antialias=False)
         return tv_tensors.Mask(exact)
 
 _per_object = ('boxes','labels','crowd','area','masks')
@@ -853,12 +889,14 @@ class Transforms(nn.Module):
     def forward(self, image, target=None):
         if not isinstance(image, tv_tensors.Image): image = tv_tensors.Image(image)     # a plain tensor or a PIL image
         before = tuple(image.shape[-2:])
-        if target is not None: target = dict(target); boxes = target['boxes']; area = box_area(boxes.as_subclass(Tensor))
+        if target is not None:
+            target = dict(target); boxes = target['boxes']; area = box_area(boxes.as_subclass(Tensor))
         for step in self.steps: image, target = step(image, target) if target is not None else (step(image), None)
         image = v2.functional.to_dtype(image, torch.float32, scale=True)
         if target is None: return image
         if len(target['boxes'])!=len(area):
-            raise InputError('transforms: a step dropped boxes but not what belongs to them; leave dropping to Transforms(min_size=)')
+            raise InputError('transforms: a step dropped boxes but not what belongs to them; leave dropping to '
+                             'Transforms(min_size=)')
         self.finish(target, tuple(image.shape[-2:]), area)
         return image, dict(target, orig_size=before, size=tuple(image.shape[-2:]))
     def finish(self, target, size, area):
@@ -871,7 +909,8 @@ class Transforms(nn.Module):
         target['boxes'] = b
         if not keep.all():
             for k in _per_object:
-                if k in target: target[k] = tv_tensors.wrap(target[k][keep], like=target[k]) if k=='masks' else target[k][keep]
+                if k in target:
+                    target[k] = tv_tensors.wrap(target[k][keep], like=target[k]) if k=='masks' else target[k][keep]
         target['boxes'] = tv_tensors.BoundingBoxes(target['boxes'], format='XYXY', canvas_size=size)
 
 # %% ../nbs/04_data.ipynb #c086
@@ -901,15 +940,18 @@ def item_seed(*key):
     "Inside, torch's CPU generator is a function of `key` (integers >= 0) alone; afterwards it is what it was."
     state = torch.get_rng_state()
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]>>np.uint64(1))
-    torch.default_generator.manual_seed(seed)                               # torch.manual_seed would also reach for the GPUs
+    # torch.manual_seed would also reach for the GPUs
+    torch.default_generator.manual_seed(seed)
     try: yield
     finally: torch.set_rng_state(state)
 
 class Items(Dataset):
-    "Transformed items: `items[epoch, i]` is a pure function of (seed, epoch, i). Errors in the data are returned, to leave a worker whole."
+    """Transformed items: `items[epoch, i]` is a pure function of (seed, epoch, i). Errors in the data are returned, to
+    leave a worker whole."""
     def __init__(self, ds, transforms=None, seed=0, train=False):
         self.ds, self.seed, self.train = ds, seed, train
-        self.transforms = transforms if isinstance(transforms, Transforms) else Transforms([] if transforms is None else [transforms])
+        self.transforms = (transforms if isinstance(transforms, Transforms)
+                           else Transforms([] if transforms is None else [transforms]))
     def __len__(self): return len(self.ds)
     def __getitem__(self, key):
         epoch, i = key
@@ -943,7 +985,8 @@ class BatchOrder(Sampler):
         self.rank, self.world_size, self.epoch, self.start = rank, world_size, 0, 0
         self.taken = np.isin(np.arange(len(hw)), np.arange(len(hw)) if only is None else np.asarray(only, int))
     def batches(self, epoch):
-        "This process's share of an epoch's batches, a list of lists of indices: every W-th image in training, every W-th batch in evaluation."
+        """This process's share of an epoch's batches, a list of lists of indices: every W-th image in training, every
+        W-th batch in evaluation."""
         n, b, bits = len(self.bin), self.batch_size, Bits(self.seed, 0, epoch)
         order = bits.permutation(n) if self.shuffle else np.arange(n)
         order, full, rest = order[self.taken[order]], [], []
@@ -952,7 +995,8 @@ class BatchOrder(Sampler):
             full += mine[:cut].reshape(-1,b).tolist(); rest += mine[cut:].tolist()
         if not (self.drop_last and full): full += [rest[i:i+b] for i in range(0, len(rest), b)]
         if self.shuffle:
-            return [full[i][self.rank::self.world_size] for i in bits.permutation(len(full))]        # may be empty: all make the same steps
+            # may be empty: all make the same steps
+            return [full[i][self.rank::self.world_size] for i in bits.permutation(len(full))]
         return full[self.rank::self.world_size]
     def __len__(self): return len(self.batches(0))
     def __iter__(self):
@@ -1110,7 +1154,8 @@ def font_for(text:str)->str:
 
 @contextmanager
 def drawing(names):
-    "Names as matplotlib can draw them: within the block it has a font with their letters; escaped where none is installed."
+    """Names as matplotlib can draw them: within the block it has a font with their letters; escaped where none is
+    installed."""
     import matplotlib
     from matplotlib import font_manager
     names = [shown(n, 40) for n in names]; file = font_for(''.join(sorted(set(''.join(names)))))
@@ -1171,8 +1216,10 @@ def report_html(parts)->str: # parts: [(Report, figure)]
             for l in warn) + '<pre>'
             + html.escape('\n'.join(l for l in rest if l not in warn))
             + f'</pre><img src="data:image/png;base64,{base64.b64encode(f.getvalue()).decode()}">')
-    style = 'body{font-family:sans-serif;max-width:1150px;margin:auto}img{max-width:100%}.warn{background:#fff0c0;padding:.5em}'
-    return f'<!DOCTYPE html><meta charset="utf-8"><title>{html.escape(parts[0][0].name)}</title><style>{style}</style>' + '\n'.join(body) + '\n'
+    style = ('body{font-family:sans-serif;max-width:1150px;margin:auto}img{max-width:100%}'
+             '.warn{background:#fff0c0;padding:.5em}')
+    head = f'<!DOCTYPE html><meta charset="utf-8"><title>{html.escape(parts[0][0].name)}</title><style>{style}</style>'
+    return head + '\n'.join(body) + '\n'
 
 # %% ../nbs/04_data.ipynb #r013
 _layouts = '''layouts that are read:
@@ -1227,7 +1274,8 @@ def shared_pictures(sets)->list: # of texts
 
 # %% ../nbs/04_data.ipynb #r019
 def opening(sets, size=None, max_size=None)->str:
-    "What train says of folders before it begins (lines with their ends): the reports of its splits (or None), and what lies in both. Nothing of drawn sets."
+    """What train says of folders before it begins (lines with their ends): the reports of its splits (or None), and
+    what lies in both. Nothing of drawn sets."""
     folders = [d for d in sets if hasattr(d, '_first')]
     return ''.join(f'{l}\n' for l in [*(str(report(d, size or None, max_size or None)) for d in folders),
         *(f'warning: {w}' for w in shared_pictures(folders))])
@@ -1264,4 +1312,5 @@ def main(
     return exit_code(lambda: report_all(**vars(make_parser().parse_args(underscored(argv)))))
 
 # %% ../nbs/04_data.ipynb #r015
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())       # not in the notebook, whose name is __main__ too
+# not in the notebook, whose name is __main__ too
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -31,7 +31,8 @@ def strongest(
     "Largest value in a window of cells on a level and its neighbours (DeFCN, Sec. 3.3)."
     size = maps[level].shape[2:]
     near = maps[max(level-reach, 0):level+reach+1]
-    same = [m if m.shape[2:] == size else F.interpolate(m, size=size, mode='bilinear', align_corners=False) for m in near]
+    same = [m if m.shape[2:] == size
+            else F.interpolate(m, size=size, mode='bilinear', align_corners=False) for m in near]
     side = kernel//2
     return F.max_pool3d(torch.stack(same, 2), (len(same), kernel, kernel), 1, (0, side, side))[:,:,0]
 
@@ -126,7 +127,8 @@ def near_center(preds:Predictions, objects:Objects, ranges=None, radius:float=1.
     return pairs, assign_static(pairs, default_ranges(preds.level_strides) if ranges is None else list(ranges))
 
 def anchor_atss(preds:Predictions, objects:Objects, k:int=9, anchor_scale:float=8.): # as above
-    "ATSS's rule: of the k nearest a level, those whose anchor's overlap reaches mean + standard deviation, inside the box."
+    """ATSS's rule: of the k nearest a level, those whose anchor's overlap reaches mean + standard deviation, inside the
+    box."""
     pairs = nearest_pairs(preds, objects, k)
     return pairs, assign_adaptive(pairs, [anchor_iou(pairs, anchor_scale)])
 

@@ -26,13 +26,15 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
 from torchvision import models
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, StochasticDepth, batched_nms, box_iou, deform_conv2d
+from torchvision.ops import (FeaturePyramidNetwork, FrozenBatchNorm2d, StochasticDepth, batched_nms, box_iou,
+                             deform_conv2d)
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from .geometry import InputError, distances_to_boxes
 from .pairs import Objects, Predictions
-from .methods import PARTS, Assignment, HeadSpec, Method, build, check_options, check_part, choice, class_at, in_range, method_class, method_name, method_options, nearest
+from .methods import (PARTS, Assignment, HeadSpec, Method, build, check_options, check_part, choice, class_at,
+                            in_range, method_class, method_name, method_options, nearest)
 
 # %% ../nbs/05_detector.ipynb #c007
 NORMS = 'batch', 'frozen', 'eval', 'group'
@@ -47,7 +49,8 @@ def group_norm(
 )->nn.GroupNorm:
     "GroupNorm of as many groups, up to `groups`, as divide the channels and leave each at least two."
     n = math.gcd(groups, channels)
-    return nn.GroupNorm(n if n < channels else max(1, n//2), channels)   # one channel alone on a 1x1 map would be normalised to nothing
+    # one channel alone on a 1x1 map would be normalised to nothing
+    return nn.GroupNorm(n if n < channels else max(1, n//2), channels)
 
 class EvalBatchNorm(nn.BatchNorm2d):
     "Batch normalisation that is always in evaluation mode: statistics stay, scale and shift are trained."
@@ -58,7 +61,8 @@ def norm_layer(
     kind:str, # 'batch', 'frozen', 'eval' or 'group'
 ): # function from channels to module
     "The normalisation layer of a backbone by its name."
-    return dict(batch=nn.BatchNorm2d, frozen=FrozenBatchNorm2d, eval=EvalBatchNorm, group=group_norm)[choice('norm', kind, NORMS)]
+    return dict(batch=nn.BatchNorm2d, frozen=FrozenBatchNorm2d, eval=EvalBatchNorm,
+                group=group_norm)[choice('norm', kind, NORMS)]
 
 # %% ../nbs/05_detector.ipynb #c010
 class Body(nn.Module):
@@ -90,8 +94,10 @@ RESNETS = 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnext101_64x4d', '
 STYLES = 'pytorch', 'caffe'
 
 class DeformConv(nn.Conv2d):
-    "Modulated deformable convolution (DCNv2, Eq. 1) in place of an `nn.Conv2d`; `conv_offset` gives shifts and strengths."
-    def __init__(self, into:int, out:int, kernel_size:int=3, stride:int=1, padding:int=1, groups:int=1, bias:bool=False):
+    """Modulated deformable convolution (DCNv2, Eq. 1) in place of an `nn.Conv2d`; `conv_offset` gives shifts and
+    strengths."""
+    def __init__(self, into:int, out:int, kernel_size:int=3, stride:int=1, padding:int=1,
+                 groups:int=1, bias:bool=False):
         super().__init__(into, out, kernel_size, stride, padding, groups=groups, bias=bias)
         n = self.kernel_size[0]*self.kernel_size[1]
         self.conv_offset = nn.Conv2d(into, 3*n, kernel_size, stride, padding)    # 2n shifts, y first, then n strengths
@@ -133,7 +139,8 @@ class ResNetBody(Body):
         if choice('style', style, STYLES) == 'caffe':
             for layer in (net.layer2, net.layer3, net.layer4):
                 b = layer[0]
-                if hasattr(b, 'conv3'): b.conv1.stride, b.conv2.stride = b.conv2.stride, (1,1)   # a basic block has it in its first anyway
+                # a basic block has it in its first anyway
+                if hasattr(b, 'conv3'): b.conv1.stride, b.conv2.stride = b.conv2.stride, (1,1)
         deform_stages(net, deformable)
         for n in ('conv1','bn1','relu','maxpool','layer1','layer2','layer3','layer4'): setattr(self, n, getattr(net, n))
         wide, self.style = net.fc.in_features, style
@@ -158,7 +165,8 @@ class TinyBody(Body):
         blocks:Sequence[int]=(0,1,1,1,1),       # residual blocks of each stage
     ):
         super().__init__()
-        make, into = (lambda c: group_norm(c, 8)) if norm=='group' else norm_layer(norm), 3   # 32 groups would be single channels here
+        # 32 groups would be single channels here
+        make, into = (lambda c: group_norm(c, 8)) if norm=='group' else norm_layer(norm), 3
         for name,width,n in zip((s for s, in self.stages), widths, blocks):
             down = nn.Sequential(nn.Conv2d(into, width, 3, 2, 1, bias=False), make(width), nn.ReLU(inplace=True))
             setattr(self, name, nn.Sequential(down, *[TinyBlock(width, make) for _ in range(n)]))
@@ -191,7 +199,8 @@ TRANSFORMERS = 'swin_t', 'swin_s', 'swin_b', 'convnext_tiny', 'convnext_small', 
 
 class StagedBody(Body):
     "torchvision's Swin Transformer or ConvNeXt without the classifier, a layer normalisation after each stage."
-    stages = ('features.0',), ('features.1',), ('features.2','features.3'), ('features.4','features.5'), ('features.6','features.7')
+    stages = (('features.0',), ('features.1',), ('features.2','features.3'), ('features.4','features.5'),
+              ('features.6','features.7'))
     fresh = 'norms.',
 
     def __init__(self,
@@ -228,7 +237,9 @@ class OwnBody(Body):
     "Somebody else's backbone: (B, 3, H, W) to four maps of strides 4, 8, 16, 32, with `widths`, and perhaps `stages`."
     def __init__(self,
         net:nn.Module,
-        norm:str='own', # 'own': as it is; 'eval', 'frozen': batch normalisation keeps its statistics, and ('frozen') its scale and shift
+        # 'own': as it is; 'eval', 'frozen': batch normalisation keeps its statistics, and ('frozen') its scale and
+        # shift
+        norm:str='own',
     ):
         super().__init__()
         self.net, self.still = net, choice('norm', norm, ('own','eval','frozen')) != 'own'
@@ -244,18 +255,22 @@ class OwnBody(Body):
 def check_body(
     net:nn.Module,
 )->tuple: # its widths
-    "`InputError` unless a backbone keeps the contract: four maps of strides 4, 8, 16, 32 of the channels that its `widths` say."
+    """`InputError` unless a backbone keeps the contract: four maps of strides 4, 8, 16, 32 of the channels that its
+    `widths` say."""
     name, p = type(net).__name__, next(net.parameters(), torch.zeros(()))
     try: widths = tuple(int(w) for w in net.widths)
     except (AttributeError, TypeError, ValueError): widths = ()
-    if len(widths) != 4: raise InputError(f"backbone: {name} has no `widths`; give the channels of its maps of strides 4, 8, 16, 32")
+    if len(widths) != 4:
+        raise InputError(f"backbone: {name} has no `widths`; give the channels of its maps of strides 4, 8, 16, 32")
     modes = [(m, m.training) for m in net.modules()]
     try: maps = list(net.eval()(torch.zeros(1,3,64,96, device=p.device, dtype=p.dtype)))
-    except Exception as e: raise InputError(f"backbone: {name} fails on a picture of (1, 3, 64, 96): {type(e).__name__}: {str(e)[:100]}") from e
+    except Exception as e: raise InputError(f"backbone: {name} fails on a picture of (1, 3, 64, 96): "
+                                            f"{type(e).__name__}: {str(e)[:100]}") from e
     finally:
         for m,mode in modes: m.training = mode
     got, want = [tuple(getattr(m, 'shape', ())) for m in maps], [(1,w,64//s,96//s) for w,s in zip(widths, (4,8,16,32))]
-    if got != want: raise InputError(f"backbone: {name} gives maps {got} for a picture of (1, 3, 64, 96); `widths` {widths} and strides 4, 8, 16, 32 ask for {want}")
+    if got != want: raise InputError(f"backbone: {name} gives maps {got} for a picture of (1, 3, 64, 96); `widths` "
+                                     f"{widths} and strides 4, 8, 16, 32 ask for {want}")
     return widths
 
 # %% ../nbs/05_detector.ipynb #c017e
@@ -268,21 +283,25 @@ class TimmNet(nn.Module):
     ):
         super().__init__()
         try: import timm
-        except ImportError as e: raise InputError(f"backbone: 'timm:{name}' needs timm, which is not installed; pip install timm") from e
+        except ImportError as e:
+            raise InputError(f"backbone: 'timm:{name}' needs timm, which is not installed; pip install timm") from e
         if name not in timm.list_models() and name.split('.')[0] not in timm.list_models():
             raise InputError(f"backbone: timm has no {name!r}; did you mean {nearest(name, timm.list_models())}?")
         try:
             steps = timm.create_model(name, features_only=True, **options).feature_info.reduction()
-            if not {4,8,16,32} <= set(steps): raise InputError(f"backbone: timm:{name} has maps of strides {steps}; 4, 8, 16 and 32 are needed")
+            if not {4,8,16,32} <= set(steps):
+                raise InputError(f"backbone: timm:{name} has maps of strides {steps}; 4, 8, 16 and 32 are needed")
             at = [max(i for i,s in enumerate(steps) if s == stride) for stride in (4,8,16,32)]
             self.net = timm.create_model(name, features_only=True, out_indices=at, pretrained=pretrained, **options)
         except (RuntimeError, TypeError, AssertionError, OSError) as e:
-            raise InputError(f"backbone: timm:{name} cannot be made ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ''})") from e
+            raise InputError(f"backbone: timm:{name} cannot be made ({type(e).__name__}: "
+                             f"{str(e).splitlines()[0][:120] if str(e) else ''})") from e
         self.widths = tuple(self.net.feature_info.channels())
 
     def forward(self, x):
         x = F.pad(x, (0, -x.shape[3]%32, 0, -x.shape[2]%32))
-        return [m if m.shape[1] == w else m.permute(0,3,1,2) for m,w in zip(self.net(x), self.widths)]   # some are channels last
+        # some are channels last
+        return [m if m.shape[1] == w else m.permute(0,3,1,2) for m,w in zip(self.net(x), self.widths)]
 
 # %% ../nbs/05_detector.ipynb #c017f
 # what belongs to each backbone unless said otherwise
@@ -295,7 +314,8 @@ def usual_options(
     backbone, # a name, 'timm:NAME', 'package.module:Class' or an `nn.Module`
 )->dict:
     "What belongs to a backbone unless said otherwise; `InputError` with the nearest names if there is none."
-    if isinstance(backbone, nn.Module) or isinstance(backbone, str) and ':' in backbone: return dict(USUAL, norm='own', trainable_layers=5)
+    if isinstance(backbone, nn.Module) or isinstance(backbone, str) and ':' in backbone:
+        return dict(USUAL, norm='own', trainable_layers=5)
     return BACKBONES[choice('backbone', backbone, list(BACKBONES))]
 
 # %% ../nbs/05_detector.ipynb #c018
@@ -313,10 +333,13 @@ def make_body(
         if not timm: check_options(backbone, cls := class_at('backbone', backbone, nn.Module), options)
         return OwnBody(TimmNet(backbone[5:], **options) if timm else cls(**options), norm)
     cls = TinyBody if backbone == 'tiny' else ResNetBody if backbone in RESNETS else StagedBody
-    if any(o in ('name','norm') for o in options): raise InputError("backbone_options: 'name' and 'norm' are the detector's `backbone` and `norm`")
+    if any(o in ('name','norm') for o in options):
+        raise InputError("backbone_options: 'name' and 'norm' are the detector's `backbone` and `norm`")
     check_options(backbone, cls, {**options, **({} if cls is TinyBody else dict(name=backbone))})
-    if cls is StagedBody and norm != 'own': raise InputError(f"norm: {norm!r} does not work for {backbone}, which has layer normalisation; leave it out")
-    return cls(backbone, **options) if cls is StagedBody else cls(norm, **options) if cls is TinyBody else cls(backbone, norm, **options)
+    if cls is StagedBody and norm != 'own':
+        raise InputError(f"norm: {norm!r} does not work for {backbone}, which has layer normalisation; leave it out")
+    return (cls(backbone, **options) if cls is StagedBody else cls(norm, **options) if cls is TinyBody
+            else cls(backbone, norm, **options))
 
 # %% ../nbs/05_detector.ipynb #c021
 class ExtraLevels(ExtraFPNBlock):
@@ -330,7 +353,8 @@ class ExtraLevels(ExtraFPNBlock):
     ):
         super().__init__()
         self.start, self.relu = choice('p6_from', start, ('p5','c5')), relu
-        self.convs = nn.ModuleList([nn.Conv2d(c5 if i==0 and start=='c5' else channels, channels, 3, 2, 1) for i in range(n)])
+        self.convs = nn.ModuleList([nn.Conv2d(c5 if i==0 and start=='c5' else channels, channels, 3, 2, 1)
+                                    for i in range(n)])
         for m in self.convs: nn.init.kaiming_uniform_(m.weight, a=1); nn.init.zeros_(m.bias)
 
     def forward(self, results, x, names):
@@ -367,11 +391,13 @@ def check_strides(strides)->tuple:
     try: out = tuple(int(s) for s in strides)
     except (TypeError, ValueError): out = ()
     if not out or out[0] not in (4,8,16,32) or any(b != 2*a for a,b in zip(out, out[1:])):
-        raise InputError(f"strides: {strides!r}; give 4, 8, 16 or 32 first and then twice the one before each time, as in (8, 16, 32)")
+        raise InputError(f"strides: {strides!r}; give 4, 8, 16 or 32 first and then twice the one before each time, as "
+                         "in (8, 16, 32)")
     return out
 
 # %% ../nbs/05_detector.ipynb #c024
-EXP_MAX = 10. # distances end at e^10 = 22026 strides: never reached in training that goes well, never inf in training that does not
+# distances end at e^10 = 22026 strides: never reached in training that goes well, never inf in training that does not
+EXP_MAX = 10.
 
 def prior_bias(
     prior:float, # 0 ... 1
@@ -390,7 +416,8 @@ def tower(
     width, layers = width or channels, []
     for i in range(n):
         conv = DeformConv if deform_last and i == n-1 else nn.Conv2d
-        layers += [conv(channels if i==0 else width, width, 3, padding=1, bias=bias), group_norm(width), nn.ReLU(inplace=True)]
+        layers += [conv(channels if i==0 else width, width, 3, padding=1, bias=bias), group_norm(width),
+                   nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 def init_normal(
@@ -409,9 +436,11 @@ def init_normal(
 SIZE_MAX = math.log(1000/16) # of an anchor's width or height, logarithm of the factor; mmdetection's bound
 
 def anchor_distances(
-    deltas:Tensor, # (B, 4, H, W) move of the centre, x and y, and growth of width and height, as ATSS's coder scales them
+    # (B, 4, H, W) move of the center, x and y, and growth of width and height, as ATSS's coder scales them
+    deltas:Tensor,
     side:float,    # of the anchor, px
-)->Tensor: # (B, 4, H, W) px: left, top, right, bottom of the box from the anchor's centre; one is negative where that lies outside
+# (B, 4, H, W) px: left, top, right, bottom of the box from the anchor's center; one is negative where that lies outside
+)->Tensor:
     "Boxes given by deltas of a square anchor (standard deviations 0.1 and 0.2, as RetinaNet's) as distances."
     move, half = .1*side*deltas[:,:2], side/2*(.2*deltas[:,2:]).clamp(-SIZE_MAX, SIZE_MAX).exp()
     return torch.cat([half-move, half+move], 1)
@@ -426,7 +455,8 @@ def sample_planes(
     "Bilinear interpolation with points of its own for each channel."
     b,c,h,w = planes.shape
     grid = torch.stack([(2*x+1)/w-1, (2*y+1)/h-1], -1).flatten(0,1)
-    return F.grid_sample(planes.reshape(b*c,1,h,w), grid, mode='bilinear', padding_mode=padding, align_corners=False).view(b,c,h,w)
+    return F.grid_sample(planes.reshape(b*c,1,h,w), grid, mode='bilinear', padding_mode=padding,
+                         align_corners=False).view(b,c,h,w)
 
 def refine_distances(
     distances:Tensor, # (B, 4, H, W) px, coarse: left, top, right, bottom
@@ -438,7 +468,8 @@ def refine_distances(
     b,_,h,w = distances.shape
     kind = dict(device=distances.device, dtype=distances.dtype)
     i, j = torch.arange(w, **kind).expand(h,w), torch.arange(h, **kind)[:,None].expand(h,w)
-    here = torch.stack([i,j,i,j])                                       # the coordinate that each side is measured in, cells
+    # the coordinate that each side is measured in, cells
+    here = torch.stack([i,j,i,j])
     sign = torch.tensor([-1.,-1.,1.,1.], **kind).view(4,1,1)            # outwards
     is_x = torch.tensor([1.,0.,1.,0.], **kind).view(4,1,1)
     d = distances/stride
@@ -449,7 +480,8 @@ def refine_distances(
         out = sign*(is_x*x + (1-is_x)*y - here) + sample_planes(d, x, y) # the way there, and what is said there: Eq. 10
     else:
         side = here + sign*d
-        inside = sample_planes(torch.ones_like(side), x, y, 'zeros')     # share of the interpolation's weight that lies in the map
+        # share of the interpolation's weight that lies in the map
+        inside = sample_planes(torch.ones_like(side), x, y, 'zeros')
         out = sign*(sample_planes(side, x, y, 'zeros') + (1-inside)*side - here)
     return F.relu(out)*stride
 
@@ -523,7 +555,8 @@ class Towers(Part):
     "Two towers of 3x3 convolutions."
     def __init__(self, plan:Plan):
         super().__init__(plan); s = plan.spec
-        self.cls_tower, self.box_tower = (tower(plan.channels, plan.convs, bias=s.tower_bias, deform_last=s.deform_last) for _ in range(2))
+        self.cls_tower, self.box_tower = (tower(plan.channels, plan.convs, bias=s.tower_bias,
+                                                deform_last=s.deform_last) for _ in range(2))
     def level(self, at): at.what, at.where = self.cls_tower(at.x), self.box_tower(at.x)
 
 class Classes(Part):
@@ -563,7 +596,8 @@ class ThirdBranch(Part):
         width = s.third_channels if s.third_convs else plan.channels
         self.third_tower = tower(plan.channels, s.third_convs, width)
         self.third = nn.Conv2d(width, 1, 3, padding=1)
-    def level(self, at): at.third = self.third(self.third_tower(at.what if self.plan.spec.third_on=='cls' else at.where))
+    def level(self, at):
+        at.third = self.third(self.third_tower(at.what if self.plan.spec.third_on=='cls' else at.where))
 
 class BoundaryPoints(Part):
     "Refined distances, read at learned boundary points (DW)."
@@ -617,26 +651,31 @@ class Head(nn.Module):
     def forward(self,
         maps:Sequence[Tensor], # [(B, C, H, W), ...] of the pyramid, finest first
     )->Predictions:
-        levels = [Level(i, s, x, self.scales[i] if self.spec.level_scales else None) for i,(s,x) in enumerate(zip(self.strides, maps))]
+        levels = [Level(i, s, x, self.scales[i] if self.spec.level_scales else None)
+                  for i,(s,x) in enumerate(zip(self.strides, maps))]
         said = {}
         for part in sorted(self.named, key=lambda k: ORDER.index(k[0])): said.update(self.named[part](levels) or {})
         own = {k: said.pop(k, None) for k in ('property_logits','pooled')}
         third = [at.third for at in levels] if levels[0].third is not None else None
         extras = {k: [at.extras[k] for at in levels] for k in levels[0].extras}
-        return Predictions.from_maps([at.cls for at in levels], [at.distances for at in levels], third, self.strides, self.spec.offset,
+        return Predictions.from_maps([at.cls for at in levels], [at.distances for at in levels], third,
+                                     self.strides, self.spec.offset,
                                      **own, extras=extras, maps=said)
 
 # %% ../nbs/05_detector.ipynb #c040b
 @patch
 def take(self:Head, plan:Plan, slot:str, name:str):
-    "Build a part and make its layers the head's own; `InputError` for options that it lacks, or layers of a name that is taken."
+    """Build a part and make its layers the head's own; `InputError` for options that it lacks, or layers of a name that
+    is taken."""
     cls, options = part_class(slot, name), plan.spec.options.get(name if slot == 'extra' else slot, {})
     check_options(name, cls, {'plan': plan, **options})
     part = cls(plan, **options)
     loose = [k for k,_ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))]
-    if loose: raise InputError(f"{slot}: {name!r} has {loose[0]!r} outside of a layer; keep parameters and buffers in layers (modules)")
+    if loose: raise InputError(f"{slot}: {name!r} has {loose[0]!r} outside of a layer; keep parameters and buffers in "
+                               "layers (modules)")
     for k,layer in part.named_children():
-        if hasattr(self, k): raise InputError(f"{slot}: {name!r} has a layer {k!r}, a name that the head has already; choose another")
+        if hasattr(self, k):
+            raise InputError(f"{slot}: {name!r} has a layer {k!r}, a name that the head has already; choose another")
         self.add_module(k, layer)
     self.named[slot,name] = part
 
@@ -654,8 +693,10 @@ def check_images(images)->list: # sizes [(H, W), ...]
     "`InputError` unless these are float pictures (3, H, W)."
     for i,im in enumerate(images):
         if not isinstance(im, Tensor) or im.ndim != 3 or im.shape[0] != 3 or 0 in im.shape:
-            raise InputError(f"images[{i}]: {tuple(im.shape) if hasattr(im,'shape') else type(im).__name__}; give a tensor (3, H, W), RGB")
-        if not im.is_floating_point(): raise InputError(f"images[{i}]: {im.dtype}; give floats from 0 to 1 (divide by 255)")
+            raise InputError(f"images[{i}]: {tuple(im.shape) if hasattr(im,'shape') else type(im).__name__}; give a "
+                             "tensor (3, H, W), RGB")
+        if not im.is_floating_point():
+            raise InputError(f"images[{i}]: {im.dtype}; give floats from 0 to 1 (divide by 255)")
     return [tuple(im.shape[1:]) for im in images]
 
 def batch_images(
@@ -724,12 +765,14 @@ def top_scores(
         blocks = ((preds.cls_logits[:,a:b], False) for a,b in zip(starts, starts[1:]))
     scores, labels, locs = [], [], []
     for (block,class_first),a,b in zip(blocks, starts, starts[1:]):
-        at_level, by_class = None if location is None else location[:,a:b].unsqueeze(1 if class_first else 2), select_by=='class'
+        at_level, by_class = (None if location is None else location[:,a:b].unsqueeze(1 if class_first else 2),
+                              select_by=='class')
         s = (block.sigmoid() if by_class else method.combine(block.sigmoid(), at_level)).flatten(1)
         s, at = s.topk(min(topk, s.shape[1]), 1)
         cell, good = at%(b-a) if class_first else at//k, s > threshold
         if by_class: s = method.combine(s, None if location is None else location[:,a:b].gather(1, cell))
-        scores.append(s.where(good, -torch.ones_like(s))); labels.append(at//(b-a) if class_first else at%k); locs.append(a+cell)
+        scores.append(s.where(good, -torch.ones_like(s))); labels.append(at//(b-a) if class_first else at%k)
+        locs.append(a+cell)
     return torch.cat(scores,1), torch.cat(labels,1), torch.cat(locs,1)
 
 # %% ../nbs/05_detector.ipynb #c052
@@ -750,11 +793,14 @@ def likely_scores(
     for i in range(preds.n_images):
         found = []
         for l,(a,b) in enumerate(zip(starts, starts[1:])):
-            class_first, x = not flat and preds.class_first[l], preds.cls_logits[i,a:b] if flat else preds.cls_blocks[l][i]
+            class_first, x = (not flat and preds.class_first[l],
+                              preds.cls_logits[i,a:b] if flat else preds.cls_blocks[l][i])
             place = lambda at: (at//(b-a), at%(b-a)) if class_first else (at%k, at//k)     # label and cell
             here, likely = None if location is None else location[i,a:b], x > least
-            if 8*int(likely.sum()) > x.numel():                                            # an untrained network: gathering would cost more
-                s, at = x.sigmoid() if by_class else method.combine(x.sigmoid(), here if here is None else here.unsqueeze(0 if class_first else 1)), None
+            # an untrained network: gathering would cost more
+            if 8*int(likely.sum()) > x.numel():
+                s, at = x.sigmoid() if by_class else method.combine(
+                    x.sigmoid(), here if here is None else here.unsqueeze(0 if class_first else 1)), None
             else:
                 at = likely.flatten().nonzero().flatten(); s = x.flatten()[at].sigmoid()
                 if not by_class: s = method.combine(s, None if here is None else here[place(at)[1]])
@@ -807,7 +853,8 @@ def detections(
     mask_sizes:Sequence=None, # [(H, W), ...] px of the masks of a method that draws some; None: no masks
     soft_nms:str=None,       # 'linear' or 'gaussian': lower the scores of overlapping boxes instead of dropping them
     soft_sigma:float=.5,     # paper's σ of 'gaussian'
-)->list: # a dict an image: 'boxes' (D, 4) xyxy px, 'labels' (D,) int64, 'scores' (D,), best first; 'masks' (D, H, W) bool
+# a dict an image: 'boxes' (D, 4) xyxy px, 'labels' (D,) int64, 'scores' (D,), best first; 'masks' (D, H, W) bool
+)->list:
     "Detections of a batch."
     with torch.autocast(preds.device.type, enabled=False):
         preds = preds.full_precision()
@@ -817,7 +864,8 @@ def detections(
     out = []
     for i,(planes,(h,w),(s,l,at)) in enumerate(zip(preds.distance_planes, sizes, found)):
         good = s >= 0; s, l, at = s[good], l[good], at[good]
-        b = distances_to_boxes(preds.points[at], planes[:,at].t()).clamp(min=0).minimum(preds.points.new_tensor((w,h,w,h)))
+        b = distances_to_boxes(preds.points[at],
+                               planes[:,at].t()).clamp(min=0).minimum(preds.points.new_tensor((w,h,w,h)))
         good = (b[:,2:] > b[:,:2]).all(1); b, s, l, at = b[good], s[good], l[good], at[good]
         unique = method.nms if nms is None else nms
         if unique: keep, s = thinned(b, s, l, nms_threshold, max_detections, soft_nms, soft_sigma, score_threshold)
@@ -828,40 +876,70 @@ def detections(
 
 # %% ../nbs/05_detector.ipynb #c058a
 def _tower(m): # 'cls' or 'reg', number of the convolution, 'conv' or 'gn'
-    return f"head.{dict(cls='cls', reg='box', bbox='box', centerness='third')[m[1]]}_tower.{3*int(m[2]) + (m[3] == 'gn')}."
+    which = dict(cls='cls', reg='box', bbox='box', centerness='third')[m[1]]
+    return f"head.{which}_tower.{3*int(m[2]) + (m[3] == 'gn')}."
 def _task(m): # 'cls' or 'reg', 'conv' or 'gn'
     return f"head.{dict(cls='cls', reg='box')[m[1]]}_task.{dict(conv='mix', gn='norm')[m[2]]}."
 def _d2_stage(m): return f'body.layer{int(m[1])-1}.{m[2]}'
 
 # how other programs' detectors call what is ours: patterns for the beginning of a name, and what stands there instead
 NAMES = dict(
-    mmdet=[(r'backbone\.', 'body.'), (r'neck\.lateral_convs\.(\d)\.conv\.', r'pyramid.fpn.inner_blocks.\1.0.'), (r'neck\.fpn_convs\.(\d)\.conv\.', r'pyramid.fpn.layer_blocks.\1.0.'),
-           (r'bbox_head\.(cls|reg|centerness)_convs\.(\d)\.(conv|gn)\.', _tower), (r'bbox_head\.(?:conv|atss|gfl|vfnet)_cls\.', 'head.cls.'),
-           (r'bbox_head\.(?:conv|atss|gfl|vfnet)_reg\.', 'head.box.'), (r'bbox_head\.(?:conv|atss)_centerness\.', 'head.third.'), (r'bbox_head\.reg_offset\.', 'head.shift.'),
-           (r'bbox_head\.inter_convs\.(\d)\.(conv|gn)\.', lambda m: f"head.inter.{m[1]}.{int(m[2] == 'gn')}."), (r'bbox_head\.tood_cls\.', 'head.cls.'),
-           (r'bbox_head\.cls_decomp\.layer_attention\.', 'head.cls_task.attention.'), (r'bbox_head\.reg_decomp\.layer_attention\.', 'head.box_task.attention.'),
-           (r'bbox_head\.(cls|reg)_decomp\.reduction_conv\.(conv|gn)\.', _task), (r'bbox_head\.tood_reg\.', 'head.box.'),
+    mmdet=[(r'backbone\.', 'body.'), (r'neck\.lateral_convs\.(\d)\.conv\.', r'pyramid.fpn.inner_blocks.\1.0.'),
+           (r'neck\.fpn_convs\.(\d)\.conv\.', r'pyramid.fpn.layer_blocks.\1.0.'),
+           (r'bbox_head\.(cls|reg|centerness)_convs\.(\d)\.(conv|gn)\.', _tower),
+           (r'bbox_head\.(?:conv|atss|gfl|vfnet)_cls\.', 'head.cls.'),
+           (r'bbox_head\.(?:conv|atss|gfl|vfnet)_reg\.', 'head.box.'),
+           (r'bbox_head\.(?:conv|atss)_centerness\.', 'head.third.'), (r'bbox_head\.reg_offset\.', 'head.shift.'),
+           (r'bbox_head\.inter_convs\.(\d)\.(conv|gn)\.', lambda m: f"head.inter.{m[1]}.{int(m[2] == 'gn')}."),
+           (r'bbox_head\.tood_cls\.', 'head.cls.'),
+           (r'bbox_head\.cls_decomp\.layer_attention\.', 'head.cls_task.attention.'),
+           (r'bbox_head\.reg_decomp\.layer_attention\.', 'head.box_task.attention.'),
+           (r'bbox_head\.(cls|reg)_decomp\.reduction_conv\.(conv|gn)\.', _task),
+           (r'bbox_head\.tood_reg\.', 'head.box.'),
            (r'bbox_head\.cls_prob_module\.', 'head.third.'), (r'bbox_head\.reg_offset_module\.', 'head.offsets.'),
-           (r'bbox_head\.reg_conf\.(\d)\.', r'head.quality.\1.'), (r'bbox_head\.integral\.project$', ''), (r'bbox_head\.vfnet_reg_conv\.conv\.', 'head.box_convs.0.'),
-           (r'bbox_head\.vfnet_reg_conv\.gn\.', 'head.box_convs.1.'), (r'bbox_head\.vfnet_reg_refine_dconv\.', 'head.box_star.'), (r'bbox_head\.vfnet_reg_refine\.', 'head.correct.'),
-           (r'bbox_head\.vfnet_cls_dconv\.', 'head.cls_star.'), (r'bbox_head\.scales_refine\.(\d)\.scale$', r'head.correct_scales.factor.\1'),
-           (r'bbox_head\.controller\.', 'head.controller.'), (r'mask_head\.mask_feature_head\.conv_pred\.', 'head.mask_features.'),
-           (r'mask_head\.mask_feature_head\.convs_all_levels\.(\d)\.conv\d\.(conv|bn)\.', lambda m: f"head.mask_levels.{m[1]}.{int(m[2] == 'bn')}."),
-           (r'mask_head\.mask_feature_head\.conv_branch\.(\d)\.(conv|bn)\.', lambda m: f"head.mask_tower.{m[1]}.{int(m[2] == 'bn')}."),
-           (r'bbox_head\.scales\.(\d)\.scale$', r'head.scales.\1'), (r'bbox_head\.center_prior\.mean$', 'method.mu'), (r'bbox_head\.center_prior\.sigma$', 'method.sigma')],
-    torchvision=[(r'backbone\.body\.', 'body.'), (r'backbone\.fpn\.extra_blocks\.p6\.', 'pyramid.fpn.extra_blocks.convs.0.'), (r'backbone\.fpn\.extra_blocks\.p7\.', 'pyramid.fpn.extra_blocks.convs.1.'),
-                 (r'backbone\.fpn\.', 'pyramid.fpn.'), (r'head\.classification_head\.conv\.', 'head.cls_tower.'), (r'head\.classification_head\.cls_logits\.', 'head.cls.'),
-                 (r'head\.regression_head\.conv\.', 'head.box_tower.'), (r'head\.regression_head\.bbox_reg\.', 'head.box.'), (r'head\.regression_head\.bbox_ctrness\.', 'head.third.')],
-    cvpods=[(r'backbone\.bottom_up\.stem\.conv1\.norm\.', 'body.bn1.'), (r'backbone\.bottom_up\.stem\.conv1\.', 'body.conv1.'),
-            (r'backbone\.bottom_up\.res(\d)\.(\d+\.)', _d2_stage), (r'backbone\.fpn_lateral(\d)\.', lambda m: f'pyramid.fpn.inner_blocks.{int(m[1])-3}.0.'),
-            (r'backbone\.fpn_output(\d)\.', lambda m: f'pyramid.fpn.layer_blocks.{int(m[1])-3}.0.'), (r'backbone\.top_block\.p(\d)\.', lambda m: f'pyramid.fpn.extra_blocks.convs.{int(m[1])-6}.'),
-            (r'head\.cls_subnet\.', 'head.cls_tower.'), (r'head\.bbox_subnet\.', 'head.box_tower.'), (r'head\.cls_score\.', 'head.cls.'), (r'head\.bbox_pred\.', 'head.box.'),
-            (r'head\.(?:obj_score|obj_pred|centerness)\.', 'head.third.'), (r'head\.scales\.(\d)\.scale$', r'head.scales.\1'), (r'(mu|sigma)$', r'method.\1')],
-    atss=[(r'backbone\.body\.stem\.', 'body.'), (r'backbone\.body\.', 'body.'), (r'backbone\.fpn\.fpn_inner(\d)\.', lambda m: f'pyramid.fpn.inner_blocks.{int(m[1])-2}.0.'),
-          (r'backbone\.fpn\.fpn_layer(\d)\.', lambda m: f'pyramid.fpn.layer_blocks.{int(m[1])-2}.0.'), (r'backbone\.fpn\.top_blocks\.p(\d)\.', lambda m: f'pyramid.fpn.extra_blocks.convs.{int(m[1])-6}.'),
-          (r'rpn\.head\.cls_tower\.', 'head.cls_tower.'), (r'rpn\.head\.bbox_tower\.', 'head.box_tower.'), (r'rpn\.head\.cls_logits\.', 'head.cls.'), (r'rpn\.head\.bbox_pred\.', 'head.box.'),
-          (r'rpn\.head\.(?:centerness|iou_pred|iou)\.', 'head.third.'), (r'rpn\.head\.scales\.(\d)\.scale$', r'head.scales.\1')])
-MARKS = dict(mmdet='bbox_head.', torchvision='head.classification_head.', cvpods='backbone.bottom_up.', atss='rpn.head.') # how their heads' names begin
+           (r'bbox_head\.reg_conf\.(\d)\.', r'head.quality.\1.'), (r'bbox_head\.integral\.project$', ''),
+           (r'bbox_head\.vfnet_reg_conv\.conv\.', 'head.box_convs.0.'),
+           (r'bbox_head\.vfnet_reg_conv\.gn\.', 'head.box_convs.1.'),
+           (r'bbox_head\.vfnet_reg_refine_dconv\.', 'head.box_star.'),
+           (r'bbox_head\.vfnet_reg_refine\.', 'head.correct.'),
+           (r'bbox_head\.vfnet_cls_dconv\.', 'head.cls_star.'),
+           (r'bbox_head\.scales_refine\.(\d)\.scale$', r'head.correct_scales.factor.\1'),
+           (r'bbox_head\.controller\.', 'head.controller.'),
+           (r'mask_head\.mask_feature_head\.conv_pred\.', 'head.mask_features.'),
+           (r'mask_head\.mask_feature_head\.convs_all_levels\.(\d)\.conv\d\.(conv|bn)\.',
+            lambda m: f"head.mask_levels.{m[1]}.{int(m[2] == 'bn')}."),
+           (r'mask_head\.mask_feature_head\.conv_branch\.(\d)\.(conv|bn)\.',
+            lambda m: f"head.mask_tower.{m[1]}.{int(m[2] == 'bn')}."),
+           (r'bbox_head\.scales\.(\d)\.scale$', r'head.scales.\1'), (r'bbox_head\.center_prior\.mean$', 'method.mu'),
+           (r'bbox_head\.center_prior\.sigma$', 'method.sigma')],
+    torchvision=[(r'backbone\.body\.', 'body.'),
+                 (r'backbone\.fpn\.extra_blocks\.p6\.', 'pyramid.fpn.extra_blocks.convs.0.'),
+                 (r'backbone\.fpn\.extra_blocks\.p7\.', 'pyramid.fpn.extra_blocks.convs.1.'),
+                 (r'backbone\.fpn\.', 'pyramid.fpn.'), (r'head\.classification_head\.conv\.', 'head.cls_tower.'),
+                 (r'head\.classification_head\.cls_logits\.', 'head.cls.'),
+                 (r'head\.regression_head\.conv\.', 'head.box_tower.'),
+                 (r'head\.regression_head\.bbox_reg\.', 'head.box.'),
+                 (r'head\.regression_head\.bbox_ctrness\.', 'head.third.')],
+    cvpods=[(r'backbone\.bottom_up\.stem\.conv1\.norm\.', 'body.bn1.'),
+            (r'backbone\.bottom_up\.stem\.conv1\.', 'body.conv1.'),
+            (r'backbone\.bottom_up\.res(\d)\.(\d+\.)', _d2_stage),
+            (r'backbone\.fpn_lateral(\d)\.', lambda m: f'pyramid.fpn.inner_blocks.{int(m[1])-3}.0.'),
+            (r'backbone\.fpn_output(\d)\.', lambda m: f'pyramid.fpn.layer_blocks.{int(m[1])-3}.0.'),
+            (r'backbone\.top_block\.p(\d)\.', lambda m: f'pyramid.fpn.extra_blocks.convs.{int(m[1])-6}.'),
+            (r'head\.cls_subnet\.', 'head.cls_tower.'), (r'head\.bbox_subnet\.', 'head.box_tower.'),
+            (r'head\.cls_score\.', 'head.cls.'), (r'head\.bbox_pred\.', 'head.box.'),
+            (r'head\.(?:obj_score|obj_pred|centerness)\.', 'head.third.'),
+            (r'head\.scales\.(\d)\.scale$', r'head.scales.\1'), (r'(mu|sigma)$', r'method.\1')],
+    atss=[(r'backbone\.body\.stem\.', 'body.'), (r'backbone\.body\.', 'body.'),
+          (r'backbone\.fpn\.fpn_inner(\d)\.', lambda m: f'pyramid.fpn.inner_blocks.{int(m[1])-2}.0.'),
+          (r'backbone\.fpn\.fpn_layer(\d)\.', lambda m: f'pyramid.fpn.layer_blocks.{int(m[1])-2}.0.'),
+          (r'backbone\.fpn\.top_blocks\.p(\d)\.', lambda m: f'pyramid.fpn.extra_blocks.convs.{int(m[1])-6}.'),
+          (r'rpn\.head\.cls_tower\.', 'head.cls_tower.'), (r'rpn\.head\.bbox_tower\.', 'head.box_tower.'),
+          (r'rpn\.head\.cls_logits\.', 'head.cls.'), (r'rpn\.head\.bbox_pred\.', 'head.box.'),
+          (r'rpn\.head\.(?:centerness|iou_pred|iou)\.', 'head.third.'),
+          (r'rpn\.head\.scales\.(\d)\.scale$', r'head.scales.\1')])
+MARKS = dict(mmdet='bbox_head.', torchvision='head.classification_head.', cvpods='backbone.bottom_up.',
+             atss='rpn.head.') # how their heads' names begin
 
 # %% ../nbs/05_detector.ipynb #c058b
 def made_by(
@@ -878,28 +956,35 @@ def our_names(
     out, left, scales = {}, [], {}
     if 'backbone.patch_embed.projection.weight' in state:
         body = swin_names({k.removeprefix('backbone.'): v for k,v in state.items() if k.startswith('backbone.')})
-        state = {f'backbone.{k}': v for k,v in body.items()} | {k: v for k,v in state.items() if not k.startswith('backbone.')}
+        state = ({f'backbone.{k}': v for k,v in body.items()}
+                 | {k: v for k,v in state.items() if not k.startswith('backbone.')})
     for k,v in state.items():
         name = next((re.sub(p, r, k, count=1) for p,r in NAMES[source] if re.match(p, k)), None)
-        if name is not None and source == 'cvpods':                    # detectron2's blocks: conv1.norm for bn1, shortcut for downsample
-            name = re.sub(r'conv(\d)\.norm\.', r'bn\1.', name).replace('.shortcut.norm.', '.downsample.1.').replace('.shortcut.', '.downsample.0.')
+        # detectron2's blocks: conv1.norm for bn1, shortcut for downsample
+        if name is not None and source == 'cvpods':
+            name = re.sub(r'conv(\d)\.norm\.', r'bn\1.', name).replace(
+                '.shortcut.norm.', '.downsample.1.').replace('.shortcut.', '.downsample.0.')
         if name is None: left.append(k)
-        elif m := re.match(r'(head\.(?:scales|correct_scales\.factor))\.(\d)$', name): scales.setdefault(m[1], {})[int(m[2])] = v.reshape(())
+        elif m := re.match(r'(head\.(?:scales|correct_scales\.factor))\.(\d)$', name):
+            scales.setdefault(m[1], {})[int(m[2])] = v.reshape(())
         elif name: out[name] = v                                          # '': a constant that we compute
     for name,x in scales.items(): out[name] = torch.stack([x[i] for i in sorted(x)])
-    n = len({k.split('.')[3] for k in out if '.inner_blocks.' in k})  # levels of the backbone; what comes after them is ours by another name
+    # levels of the backbone; what comes after them is ours by another name
+    n = len({k.split('.')[3] for k in out if '.inner_blocks.' in k})
     def extra(k):
         m = re.match(r'pyramid\.fpn\.layer_blocks\.(\d)\.0\.(.*)', k)
         return f'pyramid.fpn.extra_blocks.convs.{int(m[1])-n}.{m[2]}' if m and int(m[1]) >= n else k
     return {extra(k): v for k,v in out.items()}, left
 
 # %% ../nbs/05_detector.ipynb #c058e
-SWIN_PARTS = (('attn.w_msa.','attn.'), ('ffn.layers.0.0.','mlp.0.'), ('ffn.layers.1.','mlp.3.'), ('mlp.fc1.','mlp.0.'), ('mlp.fc2.','mlp.3.'))
+SWIN_PARTS = (('attn.w_msa.','attn.'), ('ffn.layers.0.0.','mlp.0.'), ('ffn.layers.1.','mlp.3.'), ('mlp.fc1.','mlp.0.'),
+              ('mlp.fc2.','mlp.3.'))
 
 def swin_name(k:str): # our name, or None: it has no place here
     "torchvision's name of a Swin Transformer's tensor, from its authors' or mmdetection's."
     if 'relative_position_index' in k or 'attn_mask' in k: return None
-    if m := re.fullmatch(r'patch_embed\.(proj|projection|norm)\.(\w+)', k): return f"features.0.{2 if m[1] == 'norm' else 0}.{m[2]}"
+    if m := re.fullmatch(r'patch_embed\.(proj|projection|norm)\.(\w+)', k):
+        return f"features.0.{2 if m[1] == 'norm' else 0}.{m[2]}"
     if m := re.fullmatch(r'(?:layers|stages)\.(\d)\.downsample\.(.+)', k): return f'features.{2*int(m[1])+2}.{m[2]}'
     if m := re.fullmatch(r'(?:layers|stages)\.(\d)\.blocks\.(\d+)\.(.+)', k):
         part = m[3]
@@ -924,34 +1009,45 @@ def read_weights(
 )->dict: # name -> tensor
     "Tensors of a weights file, without the wrappings that training programs put around them."
     path = Path(path)
-    if not path.is_file(): raise InputError(f"weights: there is no file {str(path)!r}; give none, imagenet or the path of a weights file")
-    try: state = load_file(path) if path.suffix=='.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
+    if not path.is_file():
+        raise InputError(f"weights: there is no file {str(path)!r}; give none, imagenet or the path of a weights file")
+    try: state = load_file(path) if path.suffix=='.safetensors' else torch.load(path, map_location='cpu',
+                                                                                weights_only=True)
     except Exception as e: raise InputError(
-        f"weights: {str(path)!r} cannot be read ({type(e).__name__}); is it a complete .safetensors or .pth file?") from e
-    for key in ('state_dict','model'): state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    state = {k.removeprefix('module.'): v for k,v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+        f"weights: {str(path)!r} cannot be read ({type(e).__name__}); is it a complete .safetensors or "
+        ".pth file?") from e
+    for key in ('state_dict','model'):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    state = ({k.removeprefix('module.'): v for k,v in state.items() if isinstance(v, Tensor)}
+             if isinstance(state, dict) else {})
     if not state: raise InputError(f"weights: {str(path)!r} holds no state dict; give a file of named tensors")
-    odd = next((k for k,v in state.items() if v.layout != torch.strided or v.device.type == 'meta' or v.is_complex()), None)
-    if odd: raise InputError(f"weights: {str(path)!r}: {odd} is sparse, complex or without values; save the file with ordinary tensors")
+    odd = next((k for k,v in state.items() if v.layout != torch.strided or v.device.type == 'meta' or v.is_complex()),
+               None)
+    if odd: raise InputError(f"weights: {str(path)!r}: {odd} is sparse, complex or without values; save the file with "
+                             "ordinary tensors")
     if source := made_by(state): return our_names(state, source)[0]
     for prefix in ('backbone.body.','backbone.'):                       # of other detectors only their backbone
-        if any(k.startswith(prefix) for k in state): return {k.removeprefix(prefix): v for k,v in state.items() if k.startswith(prefix)}
+        if any(k.startswith(prefix) for k in state):
+            return {k.removeprefix(prefix): v for k,v in state.items() if k.startswith(prefix)}
     return swin_names(state)
 
 def imagenet_weights(
     backbone:str, # one of RESNETS or TRANSFORMERS, or 'timm:NAME'
     **options,    # of the backbone
 )->dict: # name -> tensor
-    "torchvision's (or timm's) ImageNet weights; `InputError` that says where to put the file if it cannot be downloaded."
+    """torchvision's (or timm's) ImageNet weights; `InputError` that says where to put the file if it cannot be
+    downloaded."""
     if isinstance(backbone, str) and backbone.startswith('timm:'):
         return {f'net.{k}': v for k,v in TimmNet(backbone[5:], pretrained=True, **options).state_dict().items()}
     if backbone not in RESNETS + TRANSFORMERS: raise InputError(
         f"weights: there are no ImageNet weights for backbone {backbone!r}; give none, or the path of a file")
     if options.get('style') == 'caffe': raise InputError(
-        "weights: torchvision has no ImageNet weights of style 'caffe'; give the path of a file (detectron2's R-50.pkl as a .pth, for one)")
+        "weights: torchvision has no ImageNet weights of style 'caffe'; give the path of a file (detectron2's R-50.pkl "
+        "as a .pth, for one)")
     known = models.get_model_weights(backbone).IMAGENET1K_V1
     at = Path(torch.hub.get_dir())/'checkpoints'/known.url.rsplit('/', 1)[1]      # where torch looks first
-    try: return torch.hub.load_state_dict_from_url(known.url, map_location='cpu', check_hash=True, progress=False, weights_only=True)
+    try: return torch.hub.load_state_dict_from_url(known.url, map_location='cpu', check_hash=True, progress=False,
+                                                   weights_only=True)
     except Exception as e: raise InputError(f"weights: {known.url} could not be downloaded ({type(e).__name__}); "
                                             f"put the file at {at}, or give its path instead of 'imagenet'") from e
 
@@ -959,14 +1055,17 @@ def imagenet_weights(
 def folded_statistics(
     state:dict, # name -> tensor
 )->bool:
-    "Are all means 0 and all variances 1, though scales are not? So are those of Caffe's ResNets, whose statistics were folded into the scales."
+    """Are all means 0 and all variances 1, though scales are not? So are those of Caffe's ResNets, whose statistics
+    were folded into the scales."""
     means, spreads = ([v for k,v in state.items() if k.endswith(e)] for e in ('running_mean','running_var'))
-    if not means or any(v.abs().max() > 1e-6 for v in means) or any((v-1).abs().max() > 1e-3 for v in spreads): return False
+    if not means or any(v.abs().max() > 1e-6 for v in means) or any((v-1).abs().max() > 1e-3 for v in spreads):
+        return False
     scales = [state[k[:-12]+'weight'] for k in state if k.endswith('running_mean') and k[:-12]+'weight' in state]
     return any((s-s[0]).abs().max() > 1e-3 for s in scales)
 
 def check_style(body:nn.Module, state:dict, source:str)->None:
-    "`InputError` for weights of a Caffe-style ResNet in a PyTorch-style one, or the other way: same names and shapes, another network."
+    """`InputError` for weights of a Caffe-style ResNet in a PyTorch-style one, or the other way: same names and shapes,
+    another network."""
     style = getattr(body, 'style', None)
     if style is None or not any(hasattr(m, 'conv3') for m in body.modules()): return
     stats = any('running_mean' in k for k in state)
@@ -975,14 +1074,16 @@ def check_style(body:nn.Module, state:dict, source:str)->None:
         "give backbone_options style='caffe', bgr=True and std=[1/255]*3, or another file")
     drawn = all(v.abs().max() == 0 for k,v in state.items() if k.endswith('running_mean'))
     if style == 'caffe' and stats and not drawn and not any(k.startswith('head.') for k in state): raise InputError(
-        f"weights: {source} is not of a Caffe-style ResNet (its statistics are not folded into the scales); leave style='caffe' out")
+        f"weights: {source} is not of a Caffe-style ResNet (its statistics are not folded into the scales); leave "
+        "style='caffe' out")
 
 def take_weights(
     model:nn.Module, # with a `.body`
     state:dict,      # name -> tensor: of the whole detector ('body.…'), or of a backbone ('conv1.weight', …)
     source='weights',# for messages
 )->list: # names, in the model's state dict, that were filled
-    "Fill what fits. A backbone's tensor of another shape is an `InputError`; another number of classes in the head is not."
+    """Fill what fits. A backbone's tensor of another shape is an `InputError`; another number of classes in the head is
+    not."""
     own = model.state_dict()
     if not any(k.startswith('body.') for k in state): state = {f'body.{k}': v for k,v in state.items()}
     fits = {k: v for k,v in state.items() if k in own and v.shape == own[k].shape}
@@ -991,24 +1092,30 @@ def take_weights(
     hint = 'give the file of this backbone'
     if wrong: raise InputError(f"weights: {source} is of another backbone ({wrong[0].removeprefix('body.')} is "
                                f"{tuple(state[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}); {hint}")
-    if not any(k.startswith('body.') for k in fits): raise InputError(f"weights: {source} has no tensor of this backbone; {hint}")
+    if not any(k.startswith('body.') for k in fits):
+        raise InputError(f"weights: {source} has no tensor of this backbone; {hint}")
     if lost: raise InputError(
-        f"weights: {source} was trained with batch normalisation, which norm='group' has no place for; take norm='frozen' or 'batch'")
+        f"weights: {source} was trained with batch normalisation, which norm='group' has no place for; take "
+        "norm='frozen' or 'batch'")
     check_style(model.body, state, source)
     fresh = ('num_batches_tracked', *getattr(model.body, 'fresh', ()))
     missing = [k for k in own if k.startswith('body.') and k not in fits and not any(f in k for f in fresh)]
     if missing: warnings.warn(f"{source}: {len(missing)} tensors of the backbone are not in it and stay as drawn, "
                               f"first {missing[0].removeprefix('body.')}", stacklevel=2)
-    left = [k for k in state if k not in fits and k.split('.')[0] in ('head','pyramid','method') and not k.endswith('num_batches_tracked')]
-    if left: warnings.warn(f"{source}: {len(fits)} tensors are taken, {len(left)} of pyramid, head and method do not fit and are left, first {left[0]}", stacklevel=2)
+    left = [k for k in state if k not in fits and k.split('.')[0] in ('head','pyramid','method')
+            and not k.endswith('num_batches_tracked')]
+    if left: warnings.warn(f"{source}: {len(fits)} tensors are taken, {len(left)} of pyramid, head and method do not "
+                           f"fit and are left, first {left[0]}", stacklevel=2)
     model.load_state_dict(fits, strict=False)
     return sorted(fits)
 
 # %% ../nbs/05_detector.ipynb #c065
 def whole(name:str, x, least:int, most:int=None)->int:
     "`x` as an integer in range, or `InputError`."
-    ok = not isinstance(x, bool) and isinstance(x, (int,float)) and math.isfinite(x) and x == int(x) and x >= least and (most is None or x <= most)
-    if not ok: raise InputError(f"{name}: {x!r}; give a whole number from {least}" + (' on' if most is None else f' to {most}'))
+    ok = (not isinstance(x, bool) and isinstance(x, (int,float)) and math.isfinite(x) and x == int(x) and x >= least
+          and (most is None or x <= most))
+    if not ok: raise InputError(f"{name}: {x!r}; give a whole number from {least}"
+                                + (' on' if most is None else f' to {most}'))
     return int(x)
 
 def fraction(name:str, x)->float:
@@ -1019,23 +1126,29 @@ def fraction(name:str, x)->float:
 
 def colours(name:str, x)->list:
     "Three numbers, one a channel, or `InputError`; those of `std` above 0."
-    ok = isinstance(x, (list,tuple)) and len(x) == 3 and all(isinstance(v, (int,float)) and not isinstance(v, bool) and math.isfinite(v) and (name != 'std' or v > 0) for v in x)
-    if not ok: raise InputError(f"{name}: {x!r}; give three numbers{' above 0' if name == 'std' else ''}, one for red, green and blue each")
+    ok = isinstance(x, (list,tuple)) and len(x) == 3 and all(isinstance(v, (int,float)) and not isinstance(
+        v, bool) and math.isfinite(v) and (name != 'std' or v > 0) for v in x)
+    if not ok: raise InputError(f"{name}: {x!r}; give three numbers{' above 0' if name == 'std' else ''}, one for red, "
+                                "green and blue each")
     return [float(v) for v in x]
 
 def options_dict(name:str, options)->dict:
     "Options as a dict of its own, lists as tuples, or `InputError`."
-    if not isinstance(options or {}, dict): raise InputError(f"{name}: {options!r}; give a dict of {name.split('_')[0]} options by name")
+    if not isinstance(options or {}, dict):
+        raise InputError(f"{name}: {options!r}; give a dict of {name.split('_')[0]} options by name")
     return {k: as_tuple(v) for k,v in (options or {}).items()}
 
 def named(options)->dict:
     "Options of a method as a dict of its own, or `InputError`."
-    if not isinstance(options or {}, dict): raise InputError(f"method_options: {options!r}; give a dict of the method's options by name")
+    if not isinstance(options or {}, dict):
+        raise InputError(f"method_options: {options!r}; give a dict of the method's options by name")
     for o in ('name','num_classes'):
-        if o in (options or {}): raise InputError(f"method_options: {o!r} is none of them; the detector has `method` and `num_classes`")
+        if o in (options or {}):
+            raise InputError(f"method_options: {o!r} is none of them; the detector has `method` and `num_classes`")
     return dict(options or {})
 
-WHOLE = dict(num_classes=(1,), channels=(1,), head_convs=(0,), trainable_layers=(0,5), topk=(1,), max_detections=(1,), pad_to=(1,)) # range
+WHOLE = dict(num_classes=(1,), channels=(1,), head_convs=(0,), trainable_layers=(0,5), topk=(1,), max_detections=(1,),
+             pad_to=(1,)) # range
 
 def settle(
     c:dict, # the arguments of `Detector`
@@ -1048,11 +1161,15 @@ def settle(
     if c['trainable_layers'] is None: c['trainable_layers'] = 5 if scratch else 3
     for k,limits in WHOLE.items(): c[k] = whole(k, c[k], *limits)
     for k in ('score_threshold','nms_threshold'): c[k] = fraction(k, c[k])
-    choice('norm', c['norm'], (*NORMS, 'own')); choice('p6_from', c['p6_from'], ('p5','c5')); choice('nms', c['nms'], (None,True,False))
-    c.update({k: colours(k, c[k]) for k in ('mean','std')}, strides=list(check_strides(c['strides'])), method_options=named(c['method_options']), channels_last=bool(c['channels_last']),
-             backbone_options=options_dict('backbone_options', c['backbone_options']), bgr=bool(c['bgr']), p7_relu=bool(c['p7_relu']), head_options=options_dict('head_options', c['head_options']))
+    choice('norm', c['norm'], (*NORMS, 'own')); choice('p6_from', c['p6_from'], ('p5','c5'))
+    choice('nms', c['nms'], (None,True,False))
+    c.update({k: colours(k, c[k]) for k in ('mean','std')}, strides=list(check_strides(c['strides'])),
+             method_options=named(c['method_options']), channels_last=bool(c['channels_last']),
+             backbone_options=options_dict('backbone_options', c['backbone_options']), bgr=bool(c['bgr']),
+             p7_relu=bool(c['p7_relu']), head_options=options_dict('head_options', c['head_options']))
     choice('select_by', c['select_by'], ('score','class'))
-    if c['score_power'] is not None: c['score_power'] = in_range('score_power', c['score_power'], .01, 10, 'None or a number')
+    if c['score_power'] is not None:
+        c['score_power'] = in_range('score_power', c['score_power'], .01, 10, 'None or a number')
     return c
 
 # %% ../nbs/05_detector.ipynb #c067
@@ -1068,19 +1185,23 @@ def make_method(
     if isinstance(method, Method):
         if method.num_classes != k: raise InputError(
             f"num_classes: {k}, but the method was built for {method.num_classes}; give both the same")
-        if options: raise InputError("method_options: they belong to a method given by name, and this one is built already")
+        if options:
+            raise InputError("method_options: they belong to a method given by name, and this one is built already")
         return method
-    if 'in_channels' not in options and 'in_channels' in method_options(method_class(method)): options['in_channels'] = c['channels']
+    if 'in_channels' not in options and 'in_channels' in method_options(method_class(method)):
+        options['in_channels'] = c['channels']
     return build(method, k, **{o: as_tuple(v) for o,v in options.items()})
 
 def method_config(
     method:Method,
 )->dict: # 'method', 'method_options'
-    "Name or address of a built method and the options that it was built with; `InputError` if they cannot be written down."
+    """Name or address of a built method and the options that it was built with; `InputError` if they cannot be written
+    down."""
     name = method_name(type(method))
     try: options = json.loads(json.dumps(method.options))
     except (TypeError, ValueError) as e: raise InputError(
-        f"method: the options of {type(method).__name__} cannot be written down as JSON ({e}); give it numbers, words, lists and dicts") from e
+        f"method: the options of {type(method).__name__} cannot be written down as JSON ({e}); give it numbers, words, "
+        "lists and dicts") from e
     return dict(method=name, method_options=options)
 
 def set_head(
@@ -1092,7 +1213,8 @@ def set_head(
     known = {f.name for f in dataclasses.fields(HeadSpec)}
     for o in options:
         if o not in known: raise InputError(f"head_options: there is no {o!r}; did you mean {nearest(o, known)}?")
-        if o in ('third','property_branch','pooled'): raise InputError(f"head_options: {o!r} is the method's own business; see its options")
+        if o in ('third','property_branch','pooled'):
+            raise InputError(f"head_options: {o!r} is the method's own business; see its options")
     if options: method.head = dataclasses.replace(method.head, **options)
     if score_power is not None: method.score_power = score_power
     return method
@@ -1100,11 +1222,13 @@ def set_head(
 def backbone_config(
     body:Body,
 )->dict: # 'backbone', 'backbone_options'
-    "Name and options of a backbone that was given ready-made, if it can be imported and remembers what it was built with (`.options`)."
+    """Name and options of a backbone that was given ready-made, if it can be imported and remembers what it was built
+    with (`.options`)."""
     net = getattr(body, 'net', body)
     cls, options = type(net), getattr(net, 'options', None)
     if options is None or cls.__module__ == '__main__' or '.' in cls.__qualname__: raise InputError(
-        f"backbone: {cls.__name__} was given ready-made and cannot be written down; give it as 'package.module:Class' with backbone_options, "
+        f"backbone: {cls.__name__} was given ready-made and cannot be written down; give it as 'package.module:Class' "
+        "with backbone_options, "
         "or keep these in its attribute `options`")
     return dict(backbone=f'{cls.__module__}:{cls.__name__}', backbone_options=dict(options))
 
@@ -1123,8 +1247,11 @@ class Detector(nn.Module):
         strides:Sequence[int]=None, # px, each twice the one before; None: the backbone's (8 ... 128; tiny: 8, 16, 32)
         channels:int=None,       # of pyramid and head; None: 256 (tiny: 48)
         head_convs:int=None,     # convolutions of each tower; None: 4 (tiny: 2)
-        norm:str=None,           # of the backbone: 'batch', 'frozen', 'eval', 'group', 'own'; None: frozen with weights, batch without (tiny: group; Swin and others: own)
-        trainable_layers:int=None, # 0 ... 5 of the backbone's stages, from the last; None: 3 with weights, 5 without (Swin and others: 5)
+        # of the backbone: 'batch', 'frozen', 'eval', 'group', 'own'; None: frozen with weights, batch without (tiny:
+        # group; Swin and others: own)
+        norm:str=None,
+        # 0 ... 5 of the backbone's stages, from the last; None: 3 with weights, 5 without (Swin and others: 5)
+        trainable_layers:int=None,
         p6_from:str='p5',        # the levels beyond stride 32 start at 'p5' or 'c5'
         score_threshold:float=.05,
         nms_threshold:float=.6,  # IoU
@@ -1134,12 +1261,16 @@ class Detector(nn.Module):
         mean:Sequence[float]=MEAN, std:Sequence[float]=STD, # of the pictures' values, 0 ... 1
         pad_to:int=32,           # px, padded sides are multiples of it
         channels_last:bool=False,# memory format
-        backbone_options:dict=None, # of the backbone's class: style, deformable (ResNets), drop_path (Swin, ConvNeXt), ...
-        head_options:dict=None,  # fields of `HeadSpec` in place of the method's: offset, box_activation, third_on, tower_bias, ...
+        # of the backbone's class: style, deformable (ResNets), drop_path (Swin, ConvNeXt), ...
+        backbone_options:dict=None,
+        # fields of `HeadSpec` in place of the method's: offset, box_activation, third_on, tower_bias, ...
+        head_options:dict=None,
         p7_relu:bool=True,       # is there a ReLU between P6 and P7?
-        select_by:str='score',   # what must exceed the threshold, and `topk` go by: 'score', or 'class' score alone (mmdetection)
+        # what must exceed the threshold, and `topk` go by: 'score', or 'class' score alone (mmdetection)
+        select_by:str='score',
         score_power:float=None,  # score = (class · third branch)^power; None: as the method says
-        bgr:bool=False,          # feed the network blue, green, red, as Caffe's; images given, mean and std stay red, green, blue
+        # feed the network blue, green, red, as Caffe's; images given, mean and std stay red, green, blue
+        bgr:bool=False,
         **unknown,
     ):
         given = {k: v for k,v in locals().items() if k not in ('self','unknown','__class__')}   # the arguments by name
@@ -1152,7 +1283,8 @@ class Detector(nn.Module):
         self.pyramid = Pyramid(self.body.widths, c['channels'], c['strides'], p6_from, c['p7_relu'])
         if isinstance(self.body, StagedBody): self.body.only(self.pyramid.use)
         self.head = Head(self.method.head, c['num_classes'], c['channels'], c['head_convs'], c['strides'])
-        if (w := c['weights']) != 'none': take_weights(self, imagenet_weights(backbone, **c['backbone_options']) if w=='imagenet' else read_weights(w), repr(w))
+        if (w := c['weights']) != 'none': take_weights(
+            self, imagenet_weights(backbone, **c['backbone_options']) if w=='imagenet' else read_weights(w), repr(w))
         self.body.freeze(c['trainable_layers'])
         for name in ('mean','std'): self.register_buffer(name, torch.tensor(c[name]).view(3,1,1), persistent=False)
         if channels_last: self.to(memory_format=torch.channels_last)
@@ -1166,7 +1298,8 @@ class Detector(nn.Module):
         c = dict(self._config)
         if not isinstance(c['method'], str): c.update(method_config(self.method))
         if not isinstance(c['backbone'], str): c.update(backbone_config(self.body))
-        return json.loads(json.dumps(c))                                 # a copy, tuples as lists: what a file gives back
+        # a copy, tuples as lists: what a file gives back
+        return json.loads(json.dumps(c))
 
     def predict_maps(self,
         images:Sequence[Tensor], # (3, H, W) each, 0 ... 1
@@ -1205,7 +1338,8 @@ def detect(self:Detector,
     scales:Sequence[int]=None, max_size:int=None, flip:bool=None, # see `detect_scales`; it gives no masks
     masks:bool=True,         # of a method that draws some
     mask_sizes:Sequence=None, # [(H, W), ...] px wanted of the masks; None: those of the images
-    **options,               # score_threshold, nms_threshold, topk, max_detections in place of the configured ones; soft_nms, soft_sigma
+    # score_threshold, nms_threshold, topk, max_detections in place of the configured ones; soft_nms, soft_sigma
+    **options,
 )->list: # a dict an image: boxes, labels, scores; masks (D, H, W) bool of a method that draws some
     "Detections in the coordinates of the given images; pictures of one padded size share a batch."
     if scales or flip:
@@ -1221,7 +1355,8 @@ def detect(self:Detector,
     for group in groups.values():
         preds, sizes = self.predict_maps([images[i] for i in group])
         wanted = [mask_sizes[i] for i in group] if mask_sizes is not None else sizes
-        found = detections(preds, sizes, self.method, c['nms'] if nms is None else nms, mask_sizes=wanted if masks and self.method.masks else None, **options)
+        found = detections(preds, sizes, self.method, c['nms'] if nms is None else nms,
+                           mask_sizes=wanted if masks and self.method.masks else None, **options)
         for i,d in zip(group, found): out[i] = d
     return out
 
@@ -1242,7 +1377,8 @@ def resized(
     r = short/min(h,w) if short else 1.
     if longest: r = min(r, longest/max(h,w))
     size = [max(1, round(h*r)), max(1, round(w*r))]
-    return image if size == [h,w] else F.interpolate(image[None], size, mode='bilinear', antialias=True, align_corners=False)[0]
+    return (image if size == [h,w]
+            else F.interpolate(image[None], size, mode='bilinear', antialias=True, align_corners=False)[0])
 
 def detect_scales(
     model:nn.Module,  # a `Detector`
@@ -1254,13 +1390,15 @@ def detect_scales(
 )->list: # a dict an image: boxes, labels, scores
     "Detections of several sizes of each image, joined by NMS (multi-scale test)."
     c = model._config; n, threshold = (options.pop(k, c[k]) for k in ('max_detections','nms_threshold'))
-    soft, least = [options.pop(k, d) for k,d in zip(SOFT, (None, .5))], options.get('score_threshold', c['score_threshold'])
+    soft, least = ([options.pop(k, d) for k,d in zip(SOFT, (None, .5))],
+                   options.get('score_threshold', c['score_threshold']))
     scales = [whole('scales', s, 2) for s in scales] if scales else [None]
     found, sizes = [[] for _ in images], check_images(images)
     for short in scales:
         small = [resized(im, short, max_size) for im in images]
         for mirrored in (False, True) if flip else (False,):
-            every = model.detect([im.flip(2) for im in small] if mirrored else small, nms=False, masks=False, max_detections=options.get('topk', c['topk'])*len(c['strides']), **options)
+            every = model.detect([im.flip(2) for im in small] if mirrored else small, nms=False, masks=False,
+                                 max_detections=options.get('topk', c['topk'])*len(c['strides']), **options)
             for out,d,im,(h,w) in zip(found, every, small, sizes):
                 b = d['boxes']
                 if mirrored: b = torch.stack([im.shape[2]-b[:,2], b[:,1], im.shape[2]-b[:,0], b[:,3]], 1)
@@ -1281,7 +1419,8 @@ def save_weights(
     path = Path(path)
     state = {k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
     try: header = dict(detector=json.dumps(model.config), classes=json.dumps(model.classes))
-    except (InputError, TypeError): header = {}                          # a method that cannot be written down: the weights alone
+    # a method that cannot be written down: the weights alone
+    except (InputError, TypeError): header = {}
     fd, part = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     os.close(fd)
     try:
@@ -1317,7 +1456,8 @@ def read_config(
 @contextlib.contextmanager
 def _reading(file):
     "Turn what can go wrong with a file into one line."
-    if not Path(file).is_file(): raise InputError(f"{file}: there is no such file; give the folder of a run that has one")
+    if not Path(file).is_file():
+        raise InputError(f"{file}: there is no such file; give the folder of a run that has one")
     try: yield
     except (ValueError, OSError, SafetensorError) as e:
         raise InputError(f"{file}: cannot be read ({type(e).__name__}); is it complete?") from e
@@ -1326,17 +1466,21 @@ def check_header(
     file,        # .safetensors of `save_weights`, whose header says what it was trained with
     config:dict, # a detector's configuration
 )->None:
-    "`InputError` names the first option, of those that make the network and the method, in which a configuration differs from that of its weights."
+    """`InputError` names the first option, of those that make the network and the method, in which a configuration
+    differs from that of its weights."""
     with _reading(file), safe_open(file, 'pt') as f: made = json.loads((f.metadata() or {}).get('detector', '{}'))
     for k,v in made.items():
-        if k in config and config[k] != v and k not in (*INFERENCE, 'nms', 'weights', 'pad_to', 'channels_last', 'trainable_layers'):
-            raise InputError(f"{file}: was trained with {k} {str(v)[:60]}, the configuration says {str(config[k])[:60]}; put it back")
+        if k in config and config[k] != v and k not in (*INFERENCE, 'nms', 'weights', 'pad_to', 'channels_last',
+                                                        'trainable_layers'):
+            raise InputError(f"{file}: was trained with {k} {str(v)[:60]}, the configuration says "
+                             f"{str(config[k])[:60]}; put it back")
 
 def load_detector(
     run_or_config,     # a run's folder, a config.json, a .safetensors file, or a configuration (dict)
     checkpoint='best', # 'best', 'last' or the path of a .safetensors file
     device='cpu',
-    method=None,       # 'package.module:Class' or name in place of the configured one, where the class has moved; its options stay
+    # 'package.module:Class' or name in place of the configured one, where the class has moved; its options stay
+    method=None,
 )->Detector: # in evaluation mode, `.classes` the names of the classes
     "A trained detector."
     if isinstance(run_or_config, dict):
@@ -1348,14 +1492,18 @@ def load_detector(
     file = folder/f'{checkpoint}.safetensors' if checkpoint in ('best','last') else Path(checkpoint)
     if not isinstance(run_or_config, dict) and method is None: check_header(file, config)
     if method is not None: config = {**config, 'method': method}
-    model = Detector(**{**config, 'weights': 'none'})                     # the file brings them; norm and stages stand in the configuration
+    # the file brings them; norm and stages stand in the configuration
+    model = Detector(**{**config, 'weights': 'none'})
     with _reading(file): state = load_file(file)
     ours = model.state_dict()
-    wrong = [k for k in ours.keys() | state.keys() if k not in ours or k not in state or ours[k].shape != state[k].shape]
+    wrong = [k for k in ours.keys() | state.keys() if k not in ours or k not in state
+             or ours[k].shape != state[k].shape]
     if wrong: raise InputError(
-        f"{file}: does not fit the configuration (first at {sorted(wrong)[0]}, {len(wrong)} in all); give the checkpoint of the same run")
+        f"{file}: does not fit the configuration (first at {sorted(wrong)[0]}, {len(wrong)} in all); give the "
+        "checkpoint of the same run")
     bad = next((k for k,v in state.items() if v.is_floating_point() and not v.isfinite().all()), None)
-    if bad: raise InputError(f"{file}: {bad} has values that are not finite numbers, so its training diverged; give another checkpoint")
+    if bad: raise InputError(f"{file}: {bad} has values that are not finite numbers, so its training diverged; give "
+                             "another checkpoint")
     model.load_state_dict(state)
     model._config['weights'], model.classes = config.get('weights','none'), classes
     return model.to(device).eval()

@@ -179,7 +179,8 @@ class DW(Method):
         choice('negative', negative, NEGATIVES); choice('weighting', weighting, WEIGHTINGS)
         if negative!='both' and weighting!='dw':
             raise InputError(f"negative: {negative!r} is an option of weighting='dw'; drop one of the two")
-        if refine and task_head: raise InputError(f"refine: {refine!r}, but task_head=True has its own; drop one of the two")
+        if refine and task_head:
+            raise InputError(f"refine: {refine!r}, but task_head=True has its own; drop one of the two")
         head = dict(box_bias=4., box_activation='relu', refine=refine)
         # an objectness starts undecided; sides beyond the map are the location's own, as in `refine`
         if task_head: head = dict(TASK_HEAD, options=dict(third_part=dict(prior=.5), refine=dict(outside='own')))

@@ -25,7 +25,8 @@ from .methods import method_class
 
 # %% ../nbs/15_evaluate.ipynb #c005
 def match_detections(
-    overlap:np.ndarray, # (D, G) of each detection, best score first, with each region: IoU with an object, share inside an ignored one
+    # (D, G) of each detection, best score first, with each region: IoU with an object, share inside an ignored one
+    overlap:np.ndarray,
     ignored:np.ndarray, # (G,) bool: not an object but a region where detections do not count
     threshold:float=.5, # overlap that a match must exceed
 )->np.ndarray: # (D,) int: 1 hit, 0 false, -1 not counted
@@ -62,10 +63,12 @@ def average_precision(
 
 # %% ../nbs/15_evaluate.ipynb #c020
 def coco_results(
-    outputs:list,   # per image a dict of `boxes` (D, 4) xyxy px, `labels` (D,) 0 ... K-1, `scores` (D,); perhaps `masks` (D, H, W) bool
+    # per image a dict of `boxes` (D, 4) xyxy px, `labels` (D,) 0 ... K-1, `scores` (D,); perhaps `masks` (D, H, W) bool
+    outputs:list,
     image_ids,      # per image its id in the data set
     category_ids,   # label -> category id, a list or a dict
-)->list: # of {'image_id', 'category_id', 'bbox': [x, y, width, height], 'score'}; with masks 'segmentation', run lengths
+# of {'image_id', 'category_id', 'bbox': [x, y, width, height], 'score'}; with masks 'segmentation', run lengths
+)->list:
     "A detector's outputs as COCO's flat list of results."
     results = []
     for out,image_id in zip(outputs, image_ids, strict=True):
@@ -83,17 +86,21 @@ def _plain(ground_truth, results, masks=False):
     "Fresh, checked, renumbered COCO dictionaries of the truth and the results."
     images = [{'id':i['id'], 'width':i.get('width',0), 'height':i.get('height',0)} for i in ground_truth['images']]
     categories = [{'id':c['id'], 'name':c.get('name',str(c['id']))} for c in ground_truth['categories']]
-    truth = [_annotation(n, a, a.get('area'), int(bool(a.get('iscrowd',0)))) for n,a in enumerate(ground_truth.get('annotations',[]), 1)]
+    truth = [_annotation(n, a, a.get('area'), int(bool(a.get('iscrowd',0))))
+             for n,a in enumerate(ground_truth.get('annotations',[]), 1)]
     found = [_annotation(n, r, None, 0) | {'score':float(r['score'])} for n,r in enumerate(results, 1)]
     known = {i['id'] for i in images}, {c['id'] for c in categories}
     for what,ids,field in zip(('image','category'), known, ('image_id','category_id')):
         if odd := {r[field] for r in found} - ids:
-            raise InputError(f"results: {field} {min(odd, key=str)} is no {what} of the ground truth; take the data set that was predicted")
+            raise InputError(f"results: {field} {min(odd, key=str)} is no {what} of the ground truth; take the data "
+                             "set that was predicted")
     if found and not np.isfinite(bad := np.array([[*r['bbox'],r['score']] for r in found])).all():
         n = int(np.flatnonzero(~np.isfinite(bad).all(1))[0])
-        raise InputError(f"results: number {n} (image {found[n]['image_id']}) has a box or score that is not a finite number; "
+        raise InputError(f"results: number {n} (image {found[n]['image_id']}) has a box or score that is not a finite "
+                         "number; "
                          "the model's weights have probably diverged")
-    if masks: _add_masks(truth, ground_truth.get('annotations',[]), 'ground truth: annotation'); _add_masks(found, results, 'results: number', True)
+    if masks: _add_masks(truth, ground_truth.get('annotations',[]), 'ground truth: annotation'); _add_masks(
+        found, results, 'results: number', True)
     base = {'info':{}, 'images':images, 'categories':categories}
     return {**base, 'annotations':truth}, {**base, 'annotations':found}
 
@@ -105,15 +112,19 @@ def _add_masks(mine, given, what, size=False):
     "Masks beside boxes; with `size` an entry is as large as its mask (pycocotools would take its box)."
     from pycocotools.mask import area
     for n,(m,a) in enumerate(zip(mine, given)):
-        if not a.get('segmentation'): raise InputError(f'{what} {n} has no segmentation, so there are no masks to compare; evaluate the boxes')
+        if not a.get('segmentation'):
+            raise InputError(f'{what} {n} has no segmentation, so there are no masks to compare; evaluate the boxes')
         m['segmentation'] = a['segmentation']
         if size: m['area'] = float(area(a['segmentation']))
 
 # %% ../nbs/15_evaluate.ipynb #c024
 def _precision_recall_arrays(truth, found, backend, max_dets, masks=False):
-    "COCO's precision (T,R,K,A,M) and recall (T,K,A,M): IoU thresholds, recalls, classes, areas, detections an image; and the class ids."
-    if backend not in ('faster','pycocotools'): raise InputError(f"backend {backend!r} does not exist; take 'faster' or 'pycocotools'")
-    if backend == 'faster' and importlib.util.find_spec('faster_coco_eval') is None: backend = 'pycocotools'    # the same numbers, later
+    """COCO's precision (T,R,K,A,M) and recall (T,K,A,M): IoU thresholds, recalls, classes, areas, detections an image;
+    and the class ids."""
+    if backend not in ('faster','pycocotools'):
+        raise InputError(f"backend {backend!r} does not exist; take 'faster' or 'pycocotools'")
+    # the same numbers, later
+    if backend == 'faster' and importlib.util.find_spec('faster_coco_eval') is None: backend = 'pycocotools'
     if backend == 'faster': from faster_coco_eval import COCO, COCOeval_faster as COCOeval
     else:
         from pycocotools.coco import COCO
@@ -134,10 +145,13 @@ def _mean(x):
 def evaluate_coco(
     ground_truth:dict,       # COCO dictionary: 'images', 'annotations' (bbox xywh px, iscrowd, area), 'categories'
     results:list,            # COCO results, see `coco_results`
-    backend:str='faster',    # 'faster' (faster-coco-eval if installed) or 'pycocotools', the definition; the numbers are the same
+    # 'faster' (faster-coco-eval if installed) or 'pycocotools', the definition; the numbers are the same
+    backend:str='faster',
     max_dets=(1,10,100),     # detections an image that the recalls, and (the largest) AP, may use
     masks:bool=False,        # compare masks (`segmentation` of both) in place of boxes
-)->dict: # AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl, and 'per_class': {name: {'AP', 'AP50'}}; -1 where there is no object
+# AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl, and 'per_class': {name: {'AP', 'AP50'}}; -1 where there is no
+# object
+)->dict:
     "COCO's twelve numbers and each class's AP."
     truth, found = _plain(ground_truth, results, masks)
     if not truth['images'] or not truth['categories']:
@@ -145,7 +159,8 @@ def evaluate_coco(
     P, R, ids = _precision_recall_arrays(truth, found, backend, max_dets, masks)
     m = {'AP':_mean(P[...,0,-1]), 'AP50':_mean(P[0,...,0,-1]), 'AP75':_mean(P[5,...,0,-1])}
     m |= {f'AP{s}':_mean(P[...,i,-1]) for i,s in enumerate('sml',1)}
-    m |= {f'AR{n}':_mean(R[...,0,i]) for i,n in enumerate(sorted(max_dets))} | {f'AR{s}':_mean(R[...,i,-1]) for i,s in enumerate('sml',1)}
+    m |= ({f'AR{n}':_mean(R[...,0,i]) for i,n in enumerate(sorted(max_dets))}
+          | {f'AR{s}':_mean(R[...,i,-1]) for i,s in enumerate('sml',1)})
     names = {c['id']:c['name'] for c in truth['categories']}
     label = lambda i: names[i] if list(names.values()).count(names[i])==1 else f'{names[i]} ({i})'
     m['per_class'] = {label(i):{'AP':_mean(P[:,:,k,0,-1]), 'AP50':_mean(P[0,:,k,0,-1])} for k,i in enumerate(ids)}
@@ -163,8 +178,10 @@ def coco_table(
     counts = [k[2:] for k in metrics if k[:2]=='AR' and k[2:].isdigit()]
     head = lambda words: ' '*4 + ''.join(f'{w:>10}' for w in words)
     row = lambda name,keys: f'{name:4}' + ''.join(_cell(metrics.get(k)) for k in keys)
-    lines = [head(['all','IoU .50','IoU .75','small','medium','large']), row('AP', ['AP','AP50','AP75','APs','APm','APl']),
-             head([f'{c} {kind}' + (('es' if kind=='box' else 's') if c!='1' else '') for c in counts] + ['small','medium','large']),
+    lines = [head(['all','IoU .50','IoU .75','small','medium','large']),
+             row('AP', ['AP','AP50','AP75','APs','APm','APl']),
+             head([f'{c} {kind}' + (('es' if kind=='box' else 's') if c!='1' else '') for c in counts]
+                  + ['small','medium','large']),
              row('AR', [f'AR{c}' for c in counts] + ['ARs','ARm','ARl'])]
     if metrics['AP'] < 0: lines.append('no object to find in this ground truth: nothing is measured')
     if per_class and (rows := metrics.get('per_class')):
@@ -190,20 +207,24 @@ def match_voc(
 
 # %% ../nbs/15_evaluate.ipynb #c043
 def _by_class(ground_truth, results, inside_ignored, clip=False):
-    "For each category: its name, per image (overlap (D,G), ignored (G,), scores (D,), detections (D,4) xywh, regions (G,4) xywh)."
+    """For each category: its name, per image (overlap (D,G), ignored (G,), scores (D,), detections (D,4) xywh, regions
+    (G,4) xywh)."""
     from pycocotools.mask import iou
     _plain(ground_truth, results)                                    # the checks
     regions, found, size = defaultdict(list), defaultdict(list), {i['id']:i for i in ground_truth['images']}
     for a in ground_truth.get('annotations',[]):
-        regions[a['category_id'],a['image_id']].append((*a['bbox'], any(a.get(k) for k in ('iscrowd','ignore','difficult'))))
+        regions[a['category_id'],
+                a['image_id']].append((*a['bbox'], any(a.get(k) for k in ('iscrowd','ignore','difficult'))))
     for r in results: found[r['category_id'],r['image_id']].append((*r['bbox'], r['score']))
     for c in ground_truth['categories']:
         images = []
         for i,info in size.items():
-            G, D = np.array(regions.get((c['id'],i),[]), float).reshape(-1,5), np.array(found.get((c['id'],i),[]), float).reshape(-1,5)
+            G, D = (np.array(regions.get((c['id'],i),[]), float).reshape(-1,5),
+                    np.array(found.get((c['id'],i),[]), float).reshape(-1,5))
             D, ignored = D[np.argsort(-D[:,4], kind='stable')], G[:,4]>0
             g, d = (_clip(x[:,:4], info) if clip else x[:,:4].copy() for x in (G,D))
-            o = iou(d, g, (ignored & inside_ignored).astype(int).tolist()) if len(d) and len(g) else np.zeros((len(d),len(g)))
+            o = (iou(d, g, (ignored & inside_ignored).astype(int).tolist()) if len(d) and len(g)
+                 else np.zeros((len(d),len(g))))
             images.append((o, ignored, D[:,4], d, g))
         yield c.get('name', str(c['id'])), images
 
@@ -211,7 +232,8 @@ def _clip(boxes, info):
     "Boxes xywh cut to the image, as CrowdHuman's benchmark does before it measures."
     w,h = info['width'], info['height']
     x1,y1 = boxes[:,0].clip(0,w-1), boxes[:,1].clip(0,h-1)
-    return np.stack([x1, y1, ((boxes[:,0]+boxes[:,2]).clip(0,w)-x1).clip(0), ((boxes[:,1]+boxes[:,3]).clip(0,h)-y1).clip(0)], 1)
+    return np.stack([x1, y1, ((boxes[:,0]+boxes[:,2]).clip(0,w)-x1).clip(0),
+                     ((boxes[:,1]+boxes[:,3]).clip(0,h)-y1).clip(0)], 1)
 
 def _ranked(images, match, threshold):
     "Verdicts (D,) of all images' counted detections by falling score, and the number of objects."
@@ -235,14 +257,16 @@ def evaluate_voc(
     return {'mAP':_mean(np.array(list(per_class.values()))), 'per_class':per_class}
 
 # %% ../nbs/15_evaluate.ipynb #c047
-REFERENCE_FPPI = (.01, .0178, .0316, .0562, .1, .1778, .3162, .5623, 1.)   # as rounded by the Caltech and CrowdHuman benchmarks
+# as rounded by the Caltech and CrowdHuman benchmarks
+REFERENCE_FPPI = (.01, .0178, .0316, .0562, .1, .1778, .3162, .5623, 1.)
 
 def miss_rate(
     hits:np.ndarray, # (D,) 1 hit or 0 false, of all images, best score first
     n_objects:int,   # people to be found
     n_images:int,
 )->float: # 0 ... 1, less is better
-    "Log-average miss rate MR^-2 (Dollar et al., 2012): geometric mean over nine rates of false positives per image, 0.01 ... 1."
+    """Log-average miss rate MR^-2 (Dollar et al., 2012): geometric mean over nine rates of false positives per image,
+    0.01 ... 1."""
     if not len(hits): return 1.
     missed, fppi = 1 - np.cumsum(hits)/max(n_objects,1), np.cumsum(np.asarray(hits)==0)/n_images
     at = np.searchsorted(fppi, REFERENCE_FPPI).clip(max=len(fppi)-1)       # where the list ends first, its end
@@ -250,7 +274,8 @@ def miss_rate(
 
 # %% ../nbs/15_evaluate.ipynb #c050
 def jaccard_index(
-    images:list,        # per image (overlap (D,G), ignored (G,), scores (D,), detections (D,4) xywh, regions (G,4) xywh)
+    # per image (overlap (D,G), ignored (G,), scores (D,), detections (D,4) xywh, regions (G,4) xywh)
+    images:list,
     score:float=0.,     # detections above this score count
     threshold:float=.5, # overlap that a pair must exceed
 )->float: # 0 ... 1, mean over the images that have a person or a detection
@@ -261,7 +286,8 @@ def jaccard_index(
     for overlap,ignored,scores,_,regions in images:
         o = overlap[scores>score]
         fit = np.where(o[:,~ignored] > threshold, o[:,~ignored], 0.)
-        rows,cols = linear_sum_assignment(fit, maximize=True); keep = fit[rows,cols] > 0; rows,cols = rows[keep], cols[keep]
+        rows,cols = linear_sum_assignment(fit, maximize=True); keep = fit[rows,cols] > 0
+        rows,cols = rows[keep], cols[keep]
         spare = np.setdiff1d(np.arange(len(o)), rows); missed = np.setdiff1d(np.arange(fit.shape[1]), cols)
         excused = (o[spare][:,ignored] > threshold).any(1).sum()                # detections in ignore regions
         if ignored.any() and len(missed):                                       # missed people in ignore regions
@@ -277,7 +303,8 @@ def evaluate_crowdhuman(
     results:list,           # COCO results
     iou_threshold:float=.5, # overlap that a hit must exceed
     ji:bool=True,           # with the Jaccard index (needs scipy)
-)->dict: # AP, MR (MR^-2, less is better), recall, JI; means over the classes ('person' in CrowdHuman), which are in 'per_class'
+# AP, MR (MR^-2, less is better), recall, JI; means over the classes ('person' in CrowdHuman), which are in 'per_class'
+)->dict:
     "CrowdHuman's numbers, as its benchmark computes them."
     per_class = {}
     for name,images in _by_class(ground_truth, results, inside_ignored=True, clip=True):
@@ -288,7 +315,8 @@ def evaluate_crowdhuman(
         per_class[name] = {'AP':area, 'MR':miss_rate(hits, n, len(images)), 'recall':float(r[-1]) if len(r) else 0.}
         if ji: per_class[name]['JI'] = max(jaccard_index(images, s/10, iou_threshold) for s in range(10))
     if not per_class: raise InputError('ground truth: no object to find, so AP and miss rate are not defined')
-    return {k:float(np.mean([v[k] for v in per_class.values()])) for k in next(iter(per_class.values()))} | {'per_class':per_class}
+    return ({k:float(np.mean([v[k] for v in per_class.values()])) for k in next(iter(per_class.values()))}
+            | {'per_class':per_class})
 
 # %% ../nbs/15_evaluate.ipynb #c056
 def rescale_boxes(
@@ -336,7 +364,8 @@ def predict_dataset(
     "A detector's results on a data set."
     from tqdm import tqdm
     device = next(model.parameters()).device if device is None else torch.device(device)
-    loader = make_loader(ds, batch_size, train=False, transforms=eval_transforms() if transforms is None else transforms, workers=workers,
+    loader = make_loader(ds, batch_size, train=False,
+                         transforms=eval_transforms() if transforms is None else transforms, workers=workers,
                          rank=rank, world_size=world_size)
     training, results, detect = model.training, [], detecting(model, **how)
     model.to(device).eval()
@@ -344,8 +373,10 @@ def predict_dataset(
         for images,targets in tqdm(loader, desc='predicting', unit='batch', disable=None if progress else True):
             more = {'mask_sizes':[t['orig_size'] for t in targets]} if draws_masks(model) else {}
             outputs = detect([i.to(device) for i in images], **more)
-            for out,t in zip(outputs, targets, strict=True): out['boxes'] = rescale_boxes(out['boxes'], t['size'], t['orig_size'])
-            results += coco_results(outputs, [t['image_id'] for t in targets], ds.category_ids if category_ids is None else category_ids)
+            for out,t in zip(outputs, targets, strict=True):
+                out['boxes'] = rescale_boxes(out['boxes'], t['size'], t['orig_size'])
+            results += coco_results(outputs, [t['image_id'] for t in targets],
+                                    ds.category_ids if category_ids is None else category_ids)
     finally: model.train(training)
     return results
 
@@ -390,7 +421,8 @@ def write_voc_results(
     lines = {k: [] for k in names}
     for r in results:
         x, y, w, h = r['bbox']
-        lines[r['category_id']].append(f"{stem[r['image_id']]} {r['score']:.6f} {x+1:.2f} {y+1:.2f} {x+w:.2f} {y+h:.2f}")
+        lines[r['category_id']].append(f"{stem[r['image_id']]} {r['score']:.6f} {x+1:.2f} {y+1:.2f} {x+w:.2f} "
+                                       f"{y+h:.2f}")
     files = [folder/f'comp4_det_{ds.split}_{n}.txt' for n in names.values()]
     for f,found in zip(files, lines.values()): f.write_text(''.join(l+'\n' for l in found), encoding='utf-8')
     return files
@@ -414,10 +446,12 @@ def match_classes(
     ds,           # DetectionDataset
     used=None,    # category ids that its annotations have; None: all that it declares
 )->list: # label of the run -> category id of the data set
-    "Which category of the data set each label of the run is, by name; a class that the data set lacks gets an id of its own."
+    """Which category of the data set each label of the run is, by name; a class that the data set lacks gets an id of
+    its own."""
     ids = dict(zip(ds.classes, ds.category_ids)); spare = itertools.count(max(ds.category_ids, default=0) + 1)
     if any(c not in classes for c,i in ids.items() if used is None or i in used):
-        raise InputError(f"the classes differ: the run has {shown(', '.join(classes))}; {shown(ds.name)} ({shown(ds.split)}) has {shown(', '.join(ds.classes))}; "
+        raise InputError(f"the classes differ: the run has {shown(', '.join(classes))}; {shown(ds.name)} "
+                         f"({shown(ds.split)}) has {shown(', '.join(ds.classes))}; "
                          "evaluate on a data set with the run's classes")
     return [ids[c] if c in ids else next(spare) for c in classes]
 
@@ -429,7 +463,8 @@ def pick_device(
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try: torch.zeros((), device=name)
     except Exception as e:
-        raise InputError(f'--device {name} cannot be used here ({_one_line(e)[:120]}); --device cpu always can') from None
+        raise InputError(f'--device {name} cannot be used here ({_one_line(e)[:120]}); --device cpu '
+                         'always can') from None
     return torch.device(name)
 
 # %% ../nbs/15_evaluate.ipynb #c069
@@ -441,11 +476,14 @@ def compute_metrics(
     backend:str='faster', max_dets=(1,10,100), # of `evaluate_coco`
 )->dict: # {name: what its function returns}; with coco also masks, where both sides have some
     "Several benchmarks' numbers of one list of results."
-    how = {'coco':lambda: evaluate_coco(ground_truth, results, backend, max_dets), 'voc':lambda: evaluate_voc(ground_truth, results),
-           'voc07':lambda: evaluate_voc(ground_truth, results, points=11), 'crowdhuman':lambda: evaluate_crowdhuman(ground_truth, results)}
+    how = {'coco':lambda: evaluate_coco(ground_truth, results, backend, max_dets),
+           'voc':lambda: evaluate_voc(ground_truth, results),
+           'voc07':lambda: evaluate_voc(ground_truth, results, points=11),
+           'crowdhuman':lambda: evaluate_crowdhuman(ground_truth, results)}
     found = {m:how[m]() for m in metrics}
     every = [*ground_truth['annotations'], *results]
-    if 'coco' in metrics and every and all(r.get('segmentation') for r in every): found['masks'] = evaluate_coco(ground_truth, results, backend, max_dets, True)
+    if 'coco' in metrics and every and all(r.get('segmentation') for r in every):
+        found['masks'] = evaluate_coco(ground_truth, results, backend, max_dets, True)
     return found
 
 def metrics_text(
@@ -457,10 +495,12 @@ def metrics_text(
     if 'masks' in found: out.append('masks\n' + coco_table(found['masks'], kind='mask'))
     for k,name in (('voc','VOC mAP (area)'), ('voc07','VOC mAP (11 points)')):
         if k in found:
-            out.append(f"{name}: {found[k]['mAP']:.3f}   " + ', '.join(f'{shown(n)} {_cell(v,0)}' for n,v in found[k]['per_class'].items()))
+            out.append(f"{name}: {found[k]['mAP']:.3f}   "
+                       + ', '.join(f'{shown(n)} {_cell(v,0)}' for n,v in found[k]['per_class'].items()))
     if 'crowdhuman' in found:
         out.append('CrowdHuman: '
-            + ', '.join(f'{n} {found["crowdhuman"][k]:.3f}' for k,n in (('AP','AP'),('MR','MR^-2'),('recall','recall'),('JI','JI'))))
+            + ', '.join(f'{n} {found["crowdhuman"][k]:.3f}'
+                        for k,n in (('AP','AP'),('MR','MR^-2'),('recall','recall'),('JI','JI'))))
     return '\n\n'.join(out)
 
 # %% ../nbs/15_evaluate.ipynb #c072
@@ -472,7 +512,8 @@ def add_inference(p, batch_size=8):
         help="where the run's method is found now, if its class has moved: package.module:Class [the run's]")
     g.add_argument('--nms', action=argparse.BooleanOptionalAction, default=None,
         help="with or without non-maximum suppression [the method's own]")
-    g.add_argument('--nms_threshold', type=_share, metavar='IOU', help="boxes of a class that overlap more are thinned out [the run's]")
+    g.add_argument('--nms_threshold', type=_share, metavar='IOU',
+                   help="boxes of a class that overlap more are thinned out [the run's]")
     g.add_argument('--max_detections', type=_count, metavar='N', help="detections kept of an image [the run's]")
     m = p.add_argument_group('machine')
     m.add_argument('--device', default='auto', help='cpu, cuda, cuda:1, mps or auto [auto]')
@@ -491,33 +532,42 @@ def _none_or_more(s):
 
 def make_parser():
     "The command line of `python -m ala_nb.evaluate`."
-    p = Parser(prog='python -m ala_nb.evaluate', description="Evaluate a run's detector and print COCO's table.", allow_abbrev=False)
+    p = Parser(prog='python -m ala_nb.evaluate', description="Evaluate a run's detector and print COCO's table.",
+               allow_abbrev=False)
     p.add_argument('run', metavar='RUN', help='directory that python -m ala_nb.train left')
     d = p.add_argument_group('data')
-    d.add_argument('--data', metavar='DIR', help="'shapes' or a folder, see python -m ala_nb.data --help [what the run was trained on]")
+    d.add_argument('--data', metavar='DIR',
+                   help="'shapes' or a folder, see python -m ala_nb.data --help [what the run was trained on]")
     d.add_argument('--split', help="train, val, test or what the folder calls it [what the run was validated on: val]")
     d.add_argument('--data_options', nargs='*', type=parse_pair, metavar='KEY=VALUE',
         help="options of the data set [the run's, if it is the run's data]")
-    d.add_argument('--size', type=int, metavar='PX', help="short side the images are resized to, 0: not resized [the run's]")
+    d.add_argument('--size', type=int, metavar='PX',
+                   help="short side the images are resized to, 0: not resized [the run's]")
     d.add_argument('--max_size', type=int, metavar='PX', help="limit of the long side, 0: none [the run's]")
     g,m = add_inference(p)
     g.add_argument('--score_threshold', type=_share, metavar='S', help="detections below it are left out [the run's]")
-    g.add_argument('--scales', nargs='+', type=_count, metavar='PX', help='multi-scale test: short sides in place of --size; the detections are joined by NMS')
+    g.add_argument('--scales', nargs='+', type=_count, metavar='PX',
+                   help='multi-scale test: short sides in place of --size; the detections are joined by NMS')
     g.add_argument('--flip', action='store_true', default=None, help='also mirrored, joined in the same way')
     g.add_argument('--soft_nms', choices=('linear','gaussian'),
-        help='Soft-NMS: scores of overlapping boxes are lowered instead of the boxes dropped; take a low --score_threshold')
+        help='Soft-NMS: scores of overlapping boxes are lowered instead of the boxes dropped; take a low '
+             '--score_threshold')
     g.add_argument('--soft_sigma', type=float, metavar='S', help='width of the gaussian [0.5]')
-    m.add_argument('--workers', type=_none_or_more, default=0, metavar='N', help='processes that load images [0: load in this one]')
+    m.add_argument('--workers', type=_none_or_more, default=0, metavar='N',
+                   help='processes that load images [0: load in this one]')
     e = p.add_argument_group('metrics')
-    e.add_argument('--metrics', nargs='+', choices=METRICS, default=['coco'], help='[coco]; voc07 is VOC with 11 points')
+    e.add_argument('--metrics', nargs='+', choices=METRICS, default=['coco'],
+                   help='[coco]; voc07 is VOC with 11 points')
     e.add_argument('--backend', choices=('faster','pycocotools'), default='faster',
         help='what computes COCO numbers; both give the same [faster]')
     e.add_argument('--max_dets', nargs='+', type=_count, default=[1,10,100], metavar='N',
         help="detections an image for COCO's recalls and, the largest, its AP [1 10 100]")
     o = p.add_argument_group('output')
     o.add_argument('--out', metavar='FILE', help='write all numbers as JSON')
-    o.add_argument('--voc_results', metavar='DIR', help="write the detections as VOC's server wants them, a file a class")
-    o.add_argument('--results', metavar='FILE', help="write the detections as COCO's JSON list of results; also of a split "
+    o.add_argument('--voc_results', metavar='DIR',
+                   help="write the detections as VOC's server wants them, a file a class")
+    o.add_argument('--results', metavar='FILE',
+                   help="write the detections as COCO's JSON list of results; also of a split "
                    'without objects (test-dev2017), for its server')
     return p
 
@@ -541,24 +591,31 @@ def evaluate_run(
     method=None,              # name or 'package.module:Class'; None: the run's
     unlabelled:bool=False,    # take a split without objects too: nothing is measured then
     voc_results=None,         # folder for files as VOC's server wants them
-    **how,               # nms, score_threshold, nms_threshold, max_detections, soft_nms; scales and flip for a multi-scale test
+    # nms, score_threshold, nms_threshold, max_detections, soft_nms; scales and flip for a multi-scale test
+    **how,
 ): # metrics {name: numbers}, COCO results with the ids of the user's file
     "Evaluate a run on a split."
     config = run_config(run); trained = config.get('train', {})
-    own = trained.get('data','shapes'); data, split = own if data is None else data, split or trained.get('val_split','val')
-    if data_options is None: data_options = trained.get('data_options', {}) if [p.absolute() for p in roots(data)] == [p.absolute() for p in roots(own)] else {}
-    ds = load_dataset(data, split, **with_masks(method or config.get('detector', {}).get('method', 'fcos'), data_options))
-    truth = ds.ground_truth(); ids = match_classes(config['classes'], ds, {a['category_id'] for a in truth['annotations']})
+    own = trained.get('data','shapes')
+    data, split = own if data is None else data, split or trained.get('val_split','val')
+    if data_options is None: data_options = trained.get(
+        'data_options', {}) if [p.absolute() for p in roots(data)] == [p.absolute() for p in roots(own)] else {}
+    ds = load_dataset(data, split,
+                      **with_masks(method or config.get('detector', {}).get('method', 'fcos'), data_options))
+    truth = ds.ground_truth()
+    ids = match_classes(config['classes'], ds, {a['category_id'] for a in truth['annotations']})
     truth['categories'] = [dict(id=i, name=c) for i,c in zip(ids, config['classes'])]
     if all(a.get('iscrowd') for a in truth['annotations']):
         if not unlabelled: raise InputError(f'{ds.name}: split {split} holds no object to find, so there is nothing to '
             'evaluate; --results FILE writes the detections all the same')
         metrics = ()
     device = pick_device(device)
-    sizes, model = run_sizes(config, size, max_size), load_detector(run, checkpoint, **({} if method is None else dict(method=method)))
+    sizes, model = (run_sizes(config, size, max_size),
+                    load_detector(run, checkpoint, **({} if method is None else dict(method=method))))
     if how.get('scales'): sizes, how['max_size'] = (None, None), sizes[1]      # the detector itself resizes
     if progress: print(report(ds, *sizes), flush=True)                          # also what it leaves out
-    with finite_outputs(model): results = predict_dataset(model, ds, eval_transforms(*sizes), batch_size, workers, device, progress, ids, **how)
+    with finite_outputs(model):
+        results = predict_dataset(model, ds, eval_transforms(*sizes), batch_size, workers, device, progress, ids, **how)
     found = compute_metrics(truth, results, metrics, backend, max_dets)
     if voc_results: write_voc_results(voc_results, ds, results, dict(zip(ids, config['classes'])))
     return found, source_results(ds, results)
@@ -577,10 +634,13 @@ def main(
                 raise InputError(f'{f}: cannot be written, its folder does not exist or it is a folder')
         if a['data_options'] is not None: a['data_options'] = dict(a['data_options'])
         found, results = evaluate_run(run, progress=True, unlabelled=bool(results_file), **a)
-        if results_file: write_json(results_file, results)                      # before anything is printed: a terminal may fail
+        # before anything is printed: a terminal may fail
+        if results_file: write_json(results_file, results)
         if out: write_json(out, {'run':str(run), 'settings':{k:v for k,v in a.items() if v is not None}, **found})
-        print(metrics_text(found) or f'{len(results)} detections are in {results_file}; the split has no objects to compare them with')
+        print(metrics_text(found)
+              or f'{len(results)} detections are in {results_file}; the split has no objects to compare them with')
     return exit_code(work)
 
 # %% ../nbs/15_evaluate.ipynb #c075
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())       # not in the notebook, whose name is __main__ too
+# not in the notebook, whose name is __main__ too
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -50,15 +50,15 @@ def ascending(limits)->bool:
     return numbers and all(a < b for a,b in zip((0,*limits), limits))
 
 class FCOS(Method):
-    "FCOS: centre sampling, level ranges, smallest box first; centre-ness branch."
+    "FCOS: center sampling, level ranges, smallest box first; center-ness branch."
     variants = 'paper', 'mmdet', 'torchvision'
     def __init__(self,
         num_classes:int,            # K
-        centre_sampling=1.5,        # half side of the centre square in strides, clipped to the box; None: the whole box
+        centre_sampling=1.5,        # half side of the center square in strides, clipped to the box; None: the whole box
         ranges=None,                # upper limits of all levels but the last, px; None: 8 strides of each (64 ... 512)
         reg_loss:str='giou',        # 'giou' or 'iou' (-log IoU)
         third_branch='centerness',  # 'centerness', 'objectness' (ImpObj, AutoAssign's Table 5) or None
-        variant:str='paper',        # 'mmdet': its ε in the divisors; 'torchvision': boxes not weighted by centre-ness
+        variant:str='paper',        # 'mmdet': its ε in the divisors; 'torchvision': boxes not weighted by center-ness
         focal_alpha:float=.25, focal_gamma:float=2., # α and γ of the focal loss
     ):
         choice('variant', variant, self.variants); choice('reg_loss', reg_loss, ('giou','iou'))

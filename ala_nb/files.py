@@ -46,7 +46,8 @@ class Faults(InputError):
     "Several faults of one file or data set: the first ten and how many more, as `lines` and in one line."
     def __init__(self, where, faults):
         texts = [str(f) for f in faults]                       # the folder that all share stands in `where`: said once
-        shared = next((f'{p}/' for p in Path(str(where)).parents if p.name and all(t.startswith(f'{p}/') for t in texts)), '')
+        shared = next((f'{p}/' for p in Path(str(where)).parents if p.name
+                       and all(t.startswith(f'{p}/') for t in texts)), '')
         first = [shown(t.removeprefix(f'{where}: ').removeprefix(shared), 400) for t in texts[:10]]
         more = [f'... and {len(faults)-10:,} more'] if len(faults)>10 else []
         self.count, self.lines = len(faults), [shown(f'{where}: {count_of(len(faults), "fault")}'), *first, *more]
@@ -196,7 +197,8 @@ def read_image(
     "Decode an image file of any kind to RGB bytes."
     try:
         with open_image(file) as im:
-            # A damaged PNG must fail here: asked for its EXIF it would decode, and a second decoding returns what the first one got.
+            # A damaged PNG must fail here: asked for its EXIF it would decode, and a second decoding returns what the
+            # first one got.
             if im.format=='PNG': im.load()
             info = im.info; o, upright, stored = _frames(im)
             if turn is None: turn = not size or tuple(size)!=stored or upright==stored
@@ -385,7 +387,8 @@ def _stop(number, frame): raise Stopped(number)
 
 @contextlib.contextmanager
 def _streams_and_signals():
-    "stdout that can write anything (or nothing, if it is closed); SIGTERM and SIGHUP as exceptions, in the main thread."
+    """stdout that can write anything (or nothing, if it is closed); SIGTERM and SIGHUP as exceptions, in the main
+    thread."""
     if sys.stdout is None:
         print('standard output is closed: what would stand there is lost', file=sys.stderr)
         sys.stdout = open(os.devnull, 'w')
@@ -402,7 +405,8 @@ def _streams_and_signals():
 # %% ../nbs/03c_files.ipynb #f031a
 def exit_code(
     work, # what the command does
-# 0, or 2 after bad input, 1 when the machine failed, 130 after Ctrl-C, 128 + n after signal n, 141 when nobody reads the output
+# 0, or 2 after bad input, 1 when the machine failed, 130 after Ctrl-C, 128 + n after signal n, 141 when nobody reads
+# the output
 )->int:
     "Run a command; errors that its reader can mend are one line on stderr (one a fault, if there are several)."
     with _streams_and_signals():
@@ -434,14 +438,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message): raise InputError(f'{message}; see {self.prog} --help')
 
 def parse_pair(s:str)->tuple: # key, value
-    "'key=value' with the value as a Python literal; what is none is a word. The options of every command are read by this."
+    """'key=value' with the value as a Python literal; what is none is a word. The options of every command are read by
+    this."""
     key, eq, value = s.partition('=')
     if not (eq and key.isidentifier()): raise argparse.ArgumentTypeError(f'{s!r} is not key=value')
     try: return key, ast.literal_eval({'true':'True', 'false':'False', 'none':'None'}.get(value.lower(), value))
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError): return key, value
 
 # %% ../nbs/03c_files.ipynb #f038
-IN_CLONE = dict(bccd='tests/data/bccd', results='nbs/results')     # where a clone has what a built package has in `shipped`
+# where a clone has what a built package has in `shipped`
+IN_CLONE = dict(bccd='tests/data/bccd', results='nbs/results')
 
 def shipped(
     name:str, # such as 'bccd/JPEGImages'
@@ -450,4 +456,5 @@ def shipped(
     package, top, rest = Path(ala_nb.__file__).resolve().parent, *name.partition('/')[::2]
     for p in (package/'shipped'/name, package.parent/IN_CLONE.get(top, 'shipped')/rest):
         if p.exists(): return p
-    raise InputError(f'{name}: the package has no such file; it has {", ".join(IN_CLONE)} and what lies in {package/"shipped"}')
+    raise InputError(f'{name}: the package has no such file; it has {", ".join(IN_CLONE)} and what lies in '
+                     f'{package/"shipped"}')

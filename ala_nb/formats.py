@@ -26,7 +26,8 @@ from .files import (SUFFIXES, Pictures, _is_file, _mismatch, check_faults, count
 # %% ../nbs/03d_formats.ipynb #g005
 @dataclass
 class Annotations:
-    "What a reader found: an entry an image (files, ids, sizes (H, W) or None), an entry an object (image index, label, bbox, ...)."
+    """What a reader found: an entry an image (files, ids, sizes (H, W) or None), an entry an object (image index,
+    label, bbox, ...)."""
     form:str; classes:list; category_ids:list
     files:list=field(default_factory=list); ids:list=field(default_factory=list)
     sizes:list=field(default_factory=list)
@@ -153,7 +154,8 @@ def map_classes(
     classes=None, # wanted order of the names, default that of the ids
     used=None,    # Counter of category ids in the annotations
 ): # classes, label -> category id, category id -> label (None: not among the wanted)
-    "Labels 0 ... K-1 for a source's categories. Categories of one name are one class; its id is the one that most annotations have, else the smallest."
+    """Labels 0 ... K-1 for a source's categories. Categories of one name are one class; its id is the one that most
+    annotations have, else the smallest."""
     order, used = sorted(names, key=lambda i: (isinstance(i, str), i)), used or {}
     classes = list(dict.fromkeys(names[i] for i in order) if classes is None else classes)
     at = {c:l for l,c in enumerate(classes)}; label = {i:at.get(names[i]) for i in order}
@@ -276,7 +278,8 @@ class _Coco(_CocoImages):
     def mask(self, a, image):
         "The packed mask of an annotation; strokes that are no polygon are counted."
         s, hw = a.get('segmentation'), tuple(map(as_whole, (image.get('height'), image.get('width'))))
-        if s is None: raise InputError(' has no segmentation, and masks are asked for; add one, or train a method that needs none')
+        if s is None: raise InputError(' has no segmentation, and masks are asked for; add one, or train a method that '
+                                       'needs none')
         packed = pack_mask(s, None if None in hw else hw); kept = polygons_of(packed)
         if kept is not None: self.out.notes['stroke'] += len(s) - len(kept)
         return packed
@@ -396,8 +399,8 @@ def _voc_size(tree):
 def read_voc_xml(file, one_based=True):
     "Size (H, W) or None, and the objects (name, xywh, difficult) of one VOC file."
     tree = voc_root(file)
-    return _voc_size(tree), [voc_object(o, f'{shown(file)}: object {n}', one_based) for n,
-        o in enumerate(tree.findall('object'))]
+    return _voc_size(tree), [voc_object(o, f'{shown(file)}: object {n}', one_based)
+                             for n,o in enumerate(tree.findall('object'))]
 
 # %% ../nbs/03d_formats.ipynb #g023
 def voc_class_list(root)->list:
@@ -476,8 +479,8 @@ def voc_folders(root, where, ann)->list:
 
 def _voc_annotations(entries, parsed, pictures, classes, use_ignored, faults)->Annotations:
     "Put together what was read from XML files; what does not fit goes to `faults`."
-    out, label, paths = Annotations('voc', classes, list(range(1, len(classes)+1))), {c:k for k,
-        c in enumerate(classes)}, {}
+    out = Annotations('voc', classes, list(range(1, len(classes)+1)))
+    label, paths = {c: k for k,c in enumerate(classes)}, {}
     for n,(entry,x,picture) in enumerate(entries):
         if x not in parsed: continue
         path, size, objects = parsed[x]
@@ -612,7 +615,8 @@ def read_yaml(file)->dict:
 
 @dataclass
 class YoloSplit:
-    "A split of a YOLO folder: the file that describes it, its class names, where its pictures are listed, and numbers a key point object has."
+    """A split of a YOLO folder: the file that describes it, its class names, where its pictures are listed, and numbers
+    a key point object has."""
     file:Path; names:dict; parts:list; points:int=0
 
 def _inside(root, base, name)->Path:
@@ -624,8 +628,8 @@ def _inside(root, base, name)->Path:
 def _class_names(v, file)->dict:
     "Number -> name, from a list or a mapping."
     if isinstance(v, list): v = dict(enumerate(v))
-    ok = isinstance(v, dict) and v and all(as_whole(k) is not None and isinstance(n, (str,int,float)) for k,
-        n in v.items())
+    ok = isinstance(v, dict) and v and all(as_whole(k) is not None and isinstance(n, (str,int,float))
+                                           for k,n in v.items())
     if not ok:
         raise InputError(f'{shown(file)}: names must be a list of class names (names: [cat, dog]), not {said(v)}; '
             'correct it')
@@ -794,7 +798,8 @@ def foreign(root:Path)->str:
         for f in itertools.islice(sorted(visible(d, '*.csv')), 1):
             head = read_text(f).splitlines()[:1]
             if head and len(next(csv.reader(head)))>=4:
-                return f'{shown(f.name)} is a table (CSV); Roboflow or FiftyOne turn it into COCO JSON, or write its rows as annotations: image_id, category_id, bbox'
+                return (f'{shown(f.name)} is a table (CSV); Roboflow or FiftyOne turn it into COCO JSON, or write its '
+                        'rows as annotations: image_id, category_id, bbox')
         for suffix, what in (('.tfrecord','TensorFlow records'), ('.parquet','Parquet tables'),
             ('.mat','MATLAB files')):
             if next(visible(d, f'*{suffix}'), None):
@@ -814,7 +819,8 @@ def recognise(root:Path)->list:
                 if splits(d): out.append(k)
             except InputError as e: faults.append(e)
             except OSError as e:
-                raise InputError(f'{shown(d)}: cannot be read ({e.strerror}); give yourself the right to read it') from None
+                raise InputError(f'{shown(d)}: cannot be read ({e.strerror}); give yourself the right '
+                                 'to read it') from None
         return out
     if (forms := holds(root, faults := [])): return forms
     if faults: raise faults[0]
@@ -822,14 +828,16 @@ def recognise(root:Path)->list:
         raise InputError(f'{shown(root)}: has VOC folders but no annotation in them; bring Annotations/*.xml, and '
             'list names, a line each, in ImageSets/Main/train.txt')
     below = [d.name for d in sorted(root.iterdir()) if d.is_dir() and d.name[0]!='.' and holds(d, [])]
-    hint = f'did you mean {shown(root/below[0])}?' if below else foreign(root) or 'python -m ala_nb.data --help lists the layouts that are read'
+    hint = (f'did you mean {shown(root/below[0])}?' if below else foreign(root)
+            or 'python -m ala_nb.data --help lists the layouts that are read')
     raise InputError(f'{shown(root)}: no data set: neither annotations/instances_*.json (COCO) nor Annotations/*.xml '
         '(VOC) '
                      f'nor *.odgt (CrowdHuman) nor data.yaml (YOLO); {hint}')
 
 # %% ../nbs/03d_formats.ipynb #g037
 def check_images(found:Annotations, verify=True, where='images'):
-    "Fill in sizes that annotations do not give; with `verify` see that every image is whole and has the size that they do give."
+    """Fill in sizes that annotations do not give; with `verify` see that every image is whole and has the size that
+    they do give."""
     infos, faults, deep = [None]*len(found.files), [], []
     for i,(f,size) in enumerate(zip(found.files, found.sizes)):
         if size and not verify: continue
@@ -865,7 +873,8 @@ def roots(
 )->list: # of Path
     "The folders that a source names."
     whole = Path(source)
-    return [whole] if whole.exists() or os.pathsep not in str(source) else [Path(p) for p in str(source).split(os.pathsep) if p]
+    return ([whole] if whole.exists() or os.pathsep not in str(source)
+            else [Path(p) for p in str(source).split(os.pathsep) if p])
 
 def joined(
     parts:list, # of Annotations with the same classes
@@ -874,7 +883,8 @@ def joined(
     first = parts[0]
     if len(parts)==1: return first
     if len({(p.form, p.box, p.masks is None) for p in parts})>1:
-        raise InputError(f'several folders make one data set only in one form, and these are {", ".join(p.form for p in parts)}')
+        raise InputError('several folders make one data set only in one form, and these are '
+                         f'{", ".join(p.form for p in parts)}')
     out = Annotations(first.form, first.classes, first.category_ids, box=first.box, turn=[],
                       masks=None if first.masks is None else [])
     for p in parts:

@@ -101,7 +101,8 @@ def normalizer(
     count:Tensor, # 0-dim: objects, positives or summed weights of this process's batch
     floor:float=1., # smallest divisor
 )->Tensor: # 0-dim, no gradient
-    "The divisor of a loss: `count` of all processes, at least `floor`, divided among them (their gradients will be averaged)."
+    """The divisor of a loss: `count` of all processes, at least `floor`, divided among them (their gradients will be
+    averaged)."""
     count = torch.as_tensor(count).detach()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         count = (count.clone() if count.is_floating_point() else count.float())*_counts[0]

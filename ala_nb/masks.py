@@ -30,12 +30,15 @@ def check_polygons(
         if not isinstance(p, list): raise InputError(f'.segmentation[{n}] is {said(p)}, not a list of coordinates; '
             'write polygons as [[x, y, x, y, ...], ...]')
         v = p
-        if len(v)%2: raise InputError(f'.segmentation[{n}] has {count_of(len(v), "number")}, but a polygon has an x and a y '
+        if len(v)%2:
+            raise InputError(f'.segmentation[{n}] has {count_of(len(v), "number")}, but a polygon has an x and a y '
             'for every point; correct or remove it')
-        if not all(type(x) in (int,float) and abs(x)<=FAR for x in v): raise InputError(f'.segmentation[{n}] is {said(p)}: '
+        if not all(type(x) in (int,float) and abs(x)<=FAR for x in v):
+            raise InputError(f'.segmentation[{n}] is {said(p)}: '
             f'coordinates must be numbers of px between -{FAR:.0f} and {FAR:.0f}; correct or remove it')
         if len(v)>=6: out.append(np.array(v, np.float64))
-    if not out: raise InputError(f'.segmentation {"is empty" if not s else "has no polygon of three points"}; draw the outline, or '
+    if not out: raise InputError(f'.segmentation {"is empty" if not s else "has no polygon of three points"}; draw the '
+                                 'outline, or '
         'remove the annotation')
     return out
 
@@ -45,7 +48,8 @@ def rle_counts(
 )->np.ndarray: # (n,) int64 run lengths; an `InputError` for what are none
     "The run lengths that a compressed text stands for."
     x = np.frombuffer(text, np.uint8).astype(np.int64) - 48
-    if not len(x) or x.min()<0 or x.max()>63 or x[-1]&32: raise InputError('.segmentation.counts is no text of run lengths')
+    if not len(x) or x.min()<0 or x.max()>63 or x[-1]&32:
+        raise InputError('.segmentation.counts is no text of run lengths')
     last = np.flatnonzero(x&32==0); first = np.r_[0, last[:-1]+1]              # a number ends where bit 5 is not set
     place = np.arange(len(x)) - np.repeat(first, last-first+1)
     if place.max()>11: raise InputError('.segmentation.counts is no text of run lengths')
@@ -63,16 +67,19 @@ def check_rle(
     if not (isinstance(size, (list,tuple)) and len(size)==2 and all(type(v) is int and 0<v<1e6 for v in size)):
         raise InputError(f'.segmentation.size is {said(size)}; it must be height and width')
     h, w = size
-    if hw is not None and (h, w)!=tuple(hw): raise InputError(f'.segmentation is a mask of {w}x{h} px, but the image is {hw[1]}x{hw[0]} px; '
+    if hw is not None and (h, w)!=tuple(hw):
+        raise InputError(f'.segmentation is a mask of {w}x{h} px, but the image is {hw[1]}x{hw[0]} px; '
         'export the masks again')
     if isinstance(counts, list):
-        if not all(type(v) is int and v>=0 for v in counts): raise InputError('.segmentation.counts must be whole numbers from 0')
+        if not all(type(v) is int and v>=0 for v in counts):
+            raise InputError('.segmentation.counts must be whole numbers from 0')
         n = sum(counts)
     elif isinstance(counts, (str,bytes)):
         counts = counts.encode('latin-1', 'replace') if isinstance(counts, str) else counts
         n = rle_counts(counts); n = int(n.sum()) if n.min()>=0 else -1
     else: raise InputError(f'.segmentation.counts is {said(counts)}; it must be a list of run lengths or a text')
-    if n!=h*w: raise InputError(f'.segmentation.counts add up to {n:,} px, but the mask has {h*w:,}; export the masks again')
+    if n!=h*w:
+        raise InputError(f'.segmentation.counts add up to {n:,} px, but the mask has {h*w:,}; export the masks again')
     if isinstance(counts, list): counts = coco().frPyObjects(dict(size=[h,w], counts=counts), h, w)['counts']
     return (h, w), counts
 
@@ -85,9 +92,11 @@ def pack_mask(
     if isinstance(s, dict):
         size, counts = check_rle(s, hw)
         return b'R' + np.array(size, '<i4').tobytes() + counts
-    if not isinstance(s, list): raise InputError(f'.segmentation is {said(s)}; masks are asked for, so give polygons or run lengths')
+    if not isinstance(s, list):
+        raise InputError(f'.segmentation is {said(s)}; masks are asked for, so give polygons or run lengths')
     parts = check_polygons(s)
-    return b'P' + np.array([len(parts), *map(len, parts)], '<i4').tobytes() + np.concatenate(parts).astype('<f8').tobytes()
+    return (b'P' + np.array([len(parts), *map(len, parts)], '<i4').tobytes()
+            + np.concatenate(parts).astype('<f8').tobytes())
 
 def polygons_of(packed:bytes)->list: # of arrays (2n,), or None for run lengths
     "The polygons of a packed mask."
@@ -104,7 +113,8 @@ def mask_rle(
     polygons = polygons_of(packed)
     if polygons is not None: return coco().merge(coco().frPyObjects(polygons, h, w))
     size = tuple(np.frombuffer(packed, '<i4', 2, 1).tolist())
-    if size!=(h, w): raise InputError(f'a mask of {size[1]}x{size[0]} px, but the image is {w}x{h} px; export the masks again')
+    if size!=(h, w):
+        raise InputError(f'a mask of {size[1]}x{size[0]} px, but the image is {w}x{h} px; export the masks again')
     return dict(size=[h, w], counts=packed[9:])
 
 # %% ../nbs/03cb_masks.ipynb #k014
@@ -130,7 +140,8 @@ def boundary_loops(
 )->list: # of (n, 2) int arrays, corners x, y; outer loops run clockwise (area > 0), holes the other way
     "The closed paths along pixel edges around the object's pixels, the object on the right."
     m = np.pad(mask.astype(bool), 1); steps = {}
-    def add(cells, a, b):                                                      # an edge from corner a to corner b of each cell
+    # an edge from corner a to corner b of each cell
+    def add(cells, a, b):
         for y,x in np.argwhere(cells): steps.setdefault((x+a[0], y+a[1]), []).append((x+b[0], y+b[1]))
     inner = m[1:-1,1:-1]
     add(inner & ~m[:-2,1:-1], (0,0), (1,0)); add(inner & ~m[1:-1,2:], (1,0), (1,1))
@@ -141,7 +152,8 @@ def boundary_loops(
         while True:
             ends = steps[at]
             # where two pixels touch at a corner only, turn right: each is walked around by itself
-            k = 0 if len(ends)==1 or way is None else next(i for i,e in enumerate(ends) if (e[0]-at[0], e[1]-at[1])==(-way[1], way[0]))
+            k = (0 if len(ends)==1 or way is None
+                 else next(i for i,e in enumerate(ends) if (e[0]-at[0], e[1]-at[1])==(-way[1], way[0])))
             to = ends.pop(k)
             if not ends: del steps[at]
             if (to[0]-at[0], to[1]-at[1])!=way: path.append(at)

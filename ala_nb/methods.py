@@ -24,12 +24,14 @@ from .losses import ClassTable, focal_positive, focal_negative
 # slot -> name of a part -> 'module:Class'; a part of one's own is named 'package.module:Class'
 PARTS = dict(tower=dict(plain='ala_nb.detector:Towers', tood='ala_nb.tood:TaskTower'),
              cls=dict(plain='ala_nb.detector:Classes'),
-             box=dict(plain='ala_nb.detector:Distances', tood='ala_nb.tood:ScaledExp', distribution='ala_nb.gfl:Distribution'),
+             box=dict(plain='ala_nb.detector:Distances', tood='ala_nb.tood:ScaledExp',
+                      distribution='ala_nb.gfl:Distribution'),
              third_part=dict(plain='ala_nb.detector:ThirdBranch', tood='ala_nb.tood:AlignmentMap',
                              statistics='ala_nb.gfl:Statistics'),
              refine=dict(deform='ala_nb.detector:BoundaryPoints', bilinear='ala_nb.detector:BoundaryPoints',
                          tood='ala_nb.tood:AlignedSides', star='ala_nb.vfnet:Star'),
-             filter=dict(max3d='ala_nb.defcn:MaxFilter'), extra=dict(property='ala_nb.detector:Property', pooled='ala_nb.detector:Pooled'))
+             filter=dict(max3d='ala_nb.defcn:MaxFilter'),
+             extra=dict(property='ala_nb.detector:Property', pooled='ala_nb.detector:Pooled'))
 PARTS['extra']['condinst'] = 'ala_nb.condinst:MaskBranch'
 
 # fields of a sheet that make TOOD's head of any method's
@@ -252,11 +254,13 @@ def focal_loss(
 # name -> 'module:Class', or the class itself
 METHODS = dict(fcos='ala_nb.fcos:FCOS', atss='ala_nb.ciou_atss:ATSS', ciou_atss='ala_nb.ciou_atss:CombinedIoU',
                autoassign='ala_nb.autoassign:AutoAssign', dw='ala_nb.dw:DW', poto='ala_nb.o2f:POTO',
-               o2f='ala_nb.o2f:OneToFew', hybrid='ala_nb.defcn:HybridEpoch', ala='ala_nb.ala:ALA', tood='ala_nb.tood:TOOD', retina='ala_nb.retina:RetinaNet',
+               o2f='ala_nb.o2f:OneToFew', hybrid='ala_nb.defcn:HybridEpoch', ala='ala_nb.ala:ALA',
+               tood='ala_nb.tood:TOOD', retina='ala_nb.retina:RetinaNet',
                gfl='ala_nb.gfl:GFL', gflv2='ala_nb.gfl:GFLV2',
                vfnet='ala_nb.vfnet:VFNet')
 # with masks: their targets need some, see `Method.masks`
-METHODS |= {n: f'ala_nb.condinst:{c}' for n,c in dict(condinst='CondInst', condinst_poto='CondInstPOTO', condinst_o2f='CondInstO2F').items()}
+METHODS |= {n: f'ala_nb.condinst:{c}'
+            for n,c in dict(condinst='CondInst', condinst_poto='CondInstPOTO', condinst_o2f='CondInstO2F').items()}
 
 @functools.cache
 def installed()->dict: # name -> 'module:Class'

@@ -34,7 +34,8 @@ def reasons(out:Assignment)->tuple: # factors, formula, constants
     "What decided; for a method that does not say, its weights alone."
     if out.formula: return out.factors, out.formula, out.constants
     plain = {f'{k} given': v for k,v in out.weights.items() if k in ('pos','neg')}
-    return {k.replace(' ', '_'): v.detach() for k,v in plain.items()}, {k.split()[0]: k.replace(' ', '_') for k in plain}, {}
+    return ({k.replace(' ', '_'): v.detach() for k,v in plain.items()},
+            {k.split()[0]: k.replace(' ', '_') for k in plain}, {})
 
 def moment_data(
     label:str,      # what the page calls the moment
@@ -47,19 +48,23 @@ def moment_data(
     def image(i):
         mine = (p.image == i).nonzero().flatten()
         sides = (p.distances(preds)[mine]*8).round().clamp(0, 32767)
-        return dict(obj=as_text(p.obj[mine]-first[i], '<i2'), loc=as_text(p.loc[mine], '<i4'), sides=as_text(sides, '<i2'),
+        return dict(obj=as_text(p.obj[mine]-first[i], '<i2'), loc=as_text(p.loc[mine], '<i4'),
+                    sides=as_text(sides, '<i2'),
                     factors={k: as_text(v[mine], '<f4') for k,v in factors.items()})
-    return dict(label=label, constants=constants, formula=list(formula.items()), images=[image(i) for i in range(p.objects.n_images)])
+    return dict(label=label, constants=constants, formula=list(formula.items()),
+                images=[image(i) for i in range(p.objects.n_images)])
 
 # %% ../nbs/23_microscope.ipynb #c006c
 def candidate_rule(method)->str:
     "Which locations a method looks at, in words; a method of one's own may say so in `candidates_are`."
     kind, size = bag if isinstance(bag := getattr(method, 'bag', None), tuple) else (None, None)
-    near = lambda *names: next((x for x in (getattr(method, n, None) for n in names) if isinstance(x, (int,float))), None)
+    near = lambda *names: next((x for x in (getattr(method, n, None) for n in names) if isinstance(x, (int,float))),
+                               None)
     radius = size if kind == 'radius' else near('centre_sampling', 'radius')
     nearest = size if kind == 'topk' else near('k') if radius is None else None     # o2f's k is another number
     if told := getattr(method, 'candidates_are', ''): return told
-    if radius is not None: return f'locations inside the box and less than {radius:g} strides from its center, across and down'
+    if radius is not None:
+        return f'locations inside the box and less than {radius:g} strides from its center, across and down'
     if nearest is not None: return f"the {nearest:g} locations of each level that are nearest to the object's center"
     return 'locations inside the box'
 
@@ -78,10 +83,13 @@ def method_data(
         f = {k: same[0][k] for k in ('obj','loc') if all(x[k] == same[0][k] for x in same)}
         f['factors'] = {k: v for k,v in same[0]['factors'].items() if all(x['factors'].get(k) == v for x in same)}
         fixed.append(f)
-    def rest(x, f): return {k: v for k,v in x.items() if k not in f} | dict(factors={k: v for k,v in x['factors'].items() if k not in f['factors']})
+    def rest(x, f):
+        return ({k: v for k,v in x.items() if k not in f}
+                | dict(factors={k: v for k,v in x['factors'].items() if k not in f['factors']}))
     order = list(moments[-1]['images'][0]['factors'])
     return dict(name=name, rule=rule, formula=moments[-1]['formula'], order=order, fixed=fixed,
-                moments=[dict(label=m['label'], constants=m['constants'], images=[rest(x, f) for x,f in zip(kept(m), fixed)]) for m in moments])
+                moments=[dict(label=m['label'], constants=m['constants'],
+                              images=[rest(x, f) for x,f in zip(kept(m), fixed)]) for m in moments])
 
 def image_data(
     name:str,     # what the page calls it
@@ -97,10 +105,12 @@ def image_data(
     if max(x.size) > longest: x.thumbnail((longest, longest))
     file = io.BytesIO(); x.save(file, 'PNG' if small else 'JPEG', **({} if small else dict(quality=85)))
     mine = objects.image == image
-    levels = [dict(start=a, columns=s[1], stride=t) for a,s,t in zip(preds.level_starts, preds.level_sizes, preds.level_strides)]
+    levels = [dict(start=a, columns=s[1], stride=t)
+              for a,s,t in zip(preds.level_starts, preds.level_sizes, preds.level_strides)]
     return dict(name=name, width=w, height=h, levels=levels, offset=preds.offset,
                 src=f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}",
-                objects=[dict(box=[round(v, 2) for v in b], label=l) for b,l in zip(objects.boxes[mine].tolist(), objects.labels[mine].tolist())])
+                objects=[dict(box=[round(v, 2) for v in b], label=l)
+                         for b,l in zip(objects.boxes[mine].tolist(), objects.labels[mine].tolist())])
 
 # %% ../nbs/23_microscope.ipynb #c010
 def page_data(
@@ -112,9 +122,11 @@ def page_data(
     "All that a page holds."
     from matplotlib.colors import to_hex
     from ala_nb.show import ALARM, SCALE
-    if not methods or not images: raise InputError('microscope: nothing to show; give at least one method and one image with an object')
+    if not methods or not images:
+        raise InputError('microscope: nothing to show; give at least one method and one image with an object')
     colours = [to_hex(c) for c in SCALE(np.linspace(0, 1, 65))]
-    return dict(methods=methods, images=images, classes=list(map(str, classes)), scale=colours, alarm=ALARM, start=start or {})
+    return dict(methods=methods, images=images, classes=list(map(str, classes)), scale=colours, alarm=ALARM,
+                start=start or {})
 
 PAGE = '''<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -125,7 +137,8 @@ PAGE = '''<!DOCTYPE html>
 start();</script></body></html>
 '''
 
-INTRO = ('Which locations of a detector learn which object? Choose an object and look at a location: hover, touch, or Tab and arrow keys.')
+INTRO = ('Which locations of a detector learn which object? Choose an object and look at a location: hover, touch, or '
+         'Tab and arrow keys.')
 
 def page(
     data:dict, # of `page_data`
@@ -135,12 +148,14 @@ def page(
     "A self-contained HTML page."
     read = lambda name: (FOLDER/name).read_text(encoding='utf-8')
     text = json.dumps(plain(data), ensure_ascii=True, allow_nan=False, separators=(',',':')).replace('<', '\\u003c')
-    parts = dict(title=html.escape(title), intro=html.escape(intro), css=read('microscope.css'), js=read('microscope.js'), data=text)
+    parts = dict(title=html.escape(title), intro=html.escape(intro), css=read('microscope.css'),
+                 js=read('microscope.js'), data=text)
     return ''.join(parts.get(p, p) for p in split_at(PAGE, parts))
 
 def split_at(template:str, names)->list:
     "A template cut at its {names}, which stand alone in the list."
-    return [p[1:-1] if p[:1] == '{' and p[1:-1] in names else p for p in re.split('(' + '|'.join(f'{{{n}}}' for n in names) + ')', template)]
+    return [p[1:-1] if p[:1] == '{' and p[1:-1] in names else p
+            for p in re.split('(' + '|'.join(f'{{{n}}}' for n in names) + ')', template)]
 
 def plain(x):
     "Numbers that JSON lacks as ones that it has."
@@ -164,10 +179,12 @@ def snapshot_data(
         found = []
         for m in range(len(load(n).info['steps'])) if moments is None else moments:
             s = load(n, m)
-            found.append(moment_data(f"step {s.step} of {s.info['total']}", explained(s.method, s.preds, s.objects, s.progress), s.preds))
+            found.append(moment_data(f"step {s.step} of {s.info['total']}",
+                                     explained(s.method, s.preds, s.objects, s.progress), s.preds))
         made.append(method_data(n, found, list(images), candidate_rule(s.method)))
     pictures, _, classes = shown()
-    return page_data(made, [image_data(f'image {k+1}', pictures[i], s.preds, i, s.objects) for k,i in enumerate(images)], classes,
+    return page_data(
+        made, [image_data(f'image {k+1}', pictures[i], s.preds, i, s.objects) for k,i in enumerate(images)], classes,
                      dict(image=0, obj=obj, method=method))
 
 # %% ../nbs/23_microscope.ipynb #c015
@@ -178,7 +195,8 @@ class Microscope:
         data:dict=None, # of `page_data`, in place of snapshots
         height:int=880, # px of the frame
     ):
-        self.data = data or snapshot_data([methods] if isinstance(methods, str) else methods, images, moments, obj, method)
+        self.data = (data
+                     or snapshot_data([methods] if isinstance(methods, str) else methods, images, moments, obj, method))
         self.height, self.still = height, None
         if data is None:
             from ala_nb.show import show_weights
@@ -190,10 +208,12 @@ class Microscope:
         return write_page(path, page(self.data))
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        frame = f'<iframe srcdoc="{html.escape(page(self.data))}" style="width:100%;height:{self.height}px;border:0" title="The microscope"></iframe>'
+        frame = (f'<iframe srcdoc="{html.escape(page(self.data))}" style="width:100%;height:{self.height}px;border:0" '
+                 'title="The microscope"></iframe>')
         still = self.still._repr_mimebundle_() if self.still is not None else {}
         # a notebook that is not trusted has no frame: the rule that hides the still behind one does not apply then
-        if still: frame += ('<img class="still" alt="Weights of one object" src="data:image/png;base64,' + still['image/png'] + '">'
+        if still: frame += ('<img class="still" alt="Weights of one object" src="data:image/png;base64,'
+                            + still['image/png'] + '">'
                             '<style>iframe + img.still { display: none }</style>')
         return {**still, 'text/html': frame, 'text/plain': 'The microscope (open the notebook in Jupyter to use it)'}
 
@@ -219,8 +239,10 @@ def find_objects(
         ids = [i['id'] for i in gt['images'] if Path(i['file_name']).name == Path(file).name]
         rows = [(a['bbox'], classes.index(names[a['category_id']])) for a in gt['annotations']
                 if a['image_id'] in ids and not a.get('iscrowd') and names.get(a['category_id']) in classes]
-    except (KeyError, TypeError): raise InputError(f'--annotations {annotations}: not a COCO file of images, annotations and categories') from None
-    if not ids: raise InputError(f'--annotations {annotations}: has no image {Path(file).name}; give the file that describes it')
+    except (KeyError, TypeError): raise InputError(f'--annotations {annotations}: not a COCO file of images, '
+                                                   'annotations and categories') from None
+    if not ids: raise InputError(f'--annotations {annotations}: has no image {Path(file).name}; give the file that '
+                                 'describes it')
     boxes = torch.tensor([b for b,_ in rows], dtype=torch.float32).reshape(-1,4); boxes[:,2:] += boxes[:,:2]
     return dict(boxes=boxes, labels=torch.tensor([l for _,l in rows], dtype=torch.int64))
 
@@ -234,16 +256,19 @@ def run_image(
     split = lambda s: load_dataset(train.get('data', 'shapes'), train.get(s), **train.get('data_options', {}))
     if which.isdecimal():
         ds = split('val_split')
-        if int(which) >= len(ds): raise InputError(f'image {which}: {train.get("val_split")} has images 0 ... {len(ds)-1}')
+        if int(which) >= len(ds):
+            raise InputError(f'image {which}: {train.get("val_split")} has images 0 ... {len(ds)-1}')
         return f'{ds.split} {which}', *ds[int(which)]
-    if not Path(which).is_file(): raise InputError(f'{which}: there is no such file; give an image, or a number of the validation split')
+    if not Path(which).is_file():
+        raise InputError(f'{which}: there is no such file; give an image, or a number of the validation split')
     if annotations: return Path(which).name, read_image(which), find_objects(which, config['classes'], annotations)
     for s in ('val_split','train_split'):
         try: ds = split(s)
         except InputError: continue
         for i,f in enumerate(ds.files):
             if Path(f).is_file() and Path(f).samefile(which): return Path(which).name, *ds[i]
-    raise InputError(f"{which}: the run's data set has no objects for it; give its boxes with --annotations FILE (COCO)")
+    raise InputError(f"{which}: the run's data set has no objects for it; give its boxes with --annotations "
+                     "FILE (COCO)")
 
 # %% ../nbs/23_microscope.ipynb #c021
 def run_data(
@@ -252,20 +277,28 @@ def run_data(
     checkpoint:str='best', annotations=None, size=None, max_size=None, device='auto',
 )->dict:
     "The page's data for a run and a few images."
-    config = run_config(run); model = load_detector(run, checkpoint, pick_device(device)); change = eval_transforms(*run_sizes(config, size, max_size))
+    config = run_config(run); model = load_detector(run, checkpoint, pick_device(device))
+    change = eval_transforms(*run_sizes(config, size, max_size))
     made, pictures, found = [], [], []
     for which in images:
         name, image, target = run_image(str(which), config, annotations)
-        keep = ~target['crowd'] if target.get('crowd') is not None else torch.ones(len(target['labels']), dtype=torch.bool)
+        keep = (~target['crowd'] if target.get('crowd') is not None
+                else torch.ones(len(target['labels']), dtype=torch.bool))
         image, target = change(image, dict(boxes=target['boxes'][keep], labels=target['labels'][keep]))
-        if len(target['labels']) == 0: raise InputError(f'{which}: has no object, so nothing is assigned; give another image')
-        x = image.as_subclass(torch.Tensor); x = (x.float()/255 if not x.is_floating_point() else x).to(next(model.parameters()).device)
+        if len(target['labels']) == 0:
+            raise InputError(f'{which}: has no object, so nothing is assigned; give another image')
+        x = image.as_subclass(torch.Tensor)
+        x = (x.float()/255 if not x.is_floating_point() else x).to(next(model.parameters()).device)
         with torch.no_grad(): preds, _ = model.predict_maps([x])
-        objects = Objects.from_targets([dict(boxes=target['boxes'].as_subclass(torch.Tensor).float(), labels=target['labels'])]).to(preds.points)
+        objects = Objects.from_targets([dict(boxes=target['boxes'].as_subclass(torch.Tensor).float(),
+                                             labels=target['labels'])]).to(preds.points)
         out = explained(model.method, preds, objects, 1.)
-        pictures.append(image_data(name, x, preds, 0, objects)); found.append(moment_data(f'{checkpoint} weights', out, preds))
+        pictures.append(image_data(name, x, preds, 0, objects))
+        found.append(moment_data(f'{checkpoint} weights', out, preds))
     joined = {**found[0], 'images': [i for m in found for i in m['images']]}
-    return page_data([method_data(config.get('detector', {}).get('method', 'method') if isinstance(config.get('detector'), dict) else 'method', [joined], rule=candidate_rule(model.method))],
+    return page_data([method_data(config.get('detector', {}).get('method', 'method')
+                                  if isinstance(config.get('detector'), dict) else 'method', [joined],
+                                  rule=candidate_rule(model.method))],
                      pictures, config['classes'])
 
 LIMIT = 5_000_000      # bytes of a page: it is mailed and opened on telephones
@@ -277,20 +310,24 @@ def report(
 )->Path:
     "Write the page of a run."
     text = page(run_data(run, images, **how), f'{Path(run).resolve().name}: why these locations are positive')
-    if len(text) > LIMIT: raise InputError(f'the page would be {len(text)/1e6:.1f} MB, the limit is {LIMIT/1e6:.0f}; give fewer images, or a smaller --size')
+    if len(text) > LIMIT: raise InputError(f'the page would be {len(text)/1e6:.1f} MB, the limit is {LIMIT/1e6:.0f}; '
+                                           'give fewer images, or a smaller --size')
     return write_page(out, text)
 
 # %% ../nbs/23_microscope.ipynb #c023
 def make_parser(prog='python -m ala_nb.microscope'):
     "The command line."
-    p = Parser(prog=prog, allow_abbrev=False, description='Write one HTML page that shows why locations are positive: for a run and images, or, without them, '
+    p = Parser(prog=prog, allow_abbrev=False, description='Write one HTML page that shows why locations are positive: '
+                                                          'for a run and images, or, without them, '
                "for the package's snapshots of all methods.")
     p.add_argument('run', nargs='?', metavar='RUN', help='directory that python -m ala_nb.train left')
-    p.add_argument('images', nargs='*', metavar='IMAGE', help="image files, or numbers of images of the run's validation split")
+    p.add_argument('images', nargs='*', metavar='IMAGE',
+                   help="image files, or numbers of images of the run's validation split")
     p.add_argument('--out', required=True, metavar='FILE', help='the page, such as report.html')
     p.add_argument('--annotations', metavar='JSON', help='COCO file with the boxes of the image files')
     p.add_argument('--checkpoint', default='best', help="'best', 'last', or a file of weights [best]")
-    p.add_argument('--size', type=int, metavar='PX', help="short side that images are resized to, 0: not resized [the run's]")
+    p.add_argument('--size', type=int, metavar='PX',
+                   help="short side that images are resized to, 0: not resized [the run's]")
     p.add_argument('--max_size', type=int, metavar='PX', help="limit of the long side, 0: none [the run's]")
     p.add_argument('--device', default='auto', help="'auto', 'cpu', 'cuda' [auto]")
     return p
@@ -301,11 +338,15 @@ def main(
 )->int: # exit code
     "The command: a page, or one line that says what is wrong."
     def work():
-        a = vars(make_parser(prog).parse_args(underscored(argv))); run, images, out = a.pop('run'), a.pop('images'), a.pop('out')
-        if run and not images: raise InputError(f'{run}: which images? give files, or numbers of the validation split, such as 0 1 2')
-        file = report(run, images, out, **a) if run else write_page(out, page(snapshot_data(method=names().index('ala'))))
+        a = vars(make_parser(prog).parse_args(underscored(argv)))
+        run, images, out = a.pop('run'), a.pop('images'), a.pop('out')
+        if run and not images:
+            raise InputError(f'{run}: which images? give files, or numbers of the validation split, such as 0 1 2')
+        file = (report(run, images, out, **a) if run
+                else write_page(out, page(snapshot_data(method=names().index('ala')))))
         print(f'{file}: {file.stat().st_size/1e6:.1f} MB; open it in a browser')
     return exit_code(work)
 
 # %% ../nbs/23_microscope.ipynb #c025
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())       # not in the notebook, whose name is __main__ too
+# not in the notebook, whose name is __main__ too
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

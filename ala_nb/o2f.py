@@ -77,7 +77,8 @@ def auxiliary_rule(
     if not callable(rule): raise InputError(f"aux: {name!r}: {module} has no function {function!r}")
     known = list(inspect.signature(rule).parameters)[2:]
     for o in options:
-        if o not in known: raise InputError(f"aux_options: {name} has no option {o!r}; did you mean {nearest(o, known)}?")
+        if o not in known:
+            raise InputError(f"aux_options: {name} has no option {o!r}; did you mean {nearest(o, known)}?")
     return functools.partial(rule, **options)
 
 # %% ../nbs/10_o2f.ipynb #c010
@@ -87,13 +88,14 @@ class POTO(Method):
     def __init__(self,
         num_classes:int,      # K
         alpha:float=.8,       # paper's α
-        radius:float=1.5,     # half side of the centre region, strides
+        radius:float=1.5,     # half side of the center region, strides
         box_weight:float=2.,  # of the GIoU loss
         use_objectness:bool=True, # joint score with an objectness branch; False: the class alone, as released
         third_convs:int=0,    # extra convolutions of that branch
         focal_alpha:float=.25, focal_gamma:float=2., # α and γ of the focal loss
         max_filter:bool=False, # 3D max filtering before the objectness branch (3DMF)
-        aux:str=None,          # one-to-many rule of an auxiliary loss: a name of `AUXILIARY` or 'package.module:function'
+        # one-to-many rule of an auxiliary loss: a name of `AUXILIARY` or 'package.module:function'
+        aux:str=None,
         aux_options:dict=None, # of that rule: k, alpha, radius, ranges
     ):
         if max_filter and not use_objectness: raise InputError(
@@ -195,7 +197,7 @@ class OneToFew(Method):
         t:float=None,              # a constant degree for every ambiguous location instead (Table 1)
         alpha:float=.8,            # α of the matching score
         match:str='multiply',      # or 'add' (Table 4)
-        radius:float=1.5,          # half side of the centre region, strides
+        radius:float=1.5,          # half side of the center region, strides
         ambiguous_weight:float=None, # weight of the ambiguous terms; None: 0.4 released, 1 paper
         box_weight:float=None,     # of the GIoU loss; None: 2 released, 1 paper
         third_convs:int=3,         # extra convolutions of the objectness branch (Table 5)

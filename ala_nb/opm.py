@@ -41,11 +41,11 @@ def log_confidence(
 
 # %% ../nbs/12_opm.ipynb #c013
 def log_center_weight(
-    offsets:Tensor, # (E, 2) location minus object centre, strides, x then y
+    offsets:Tensor, # (E, 2) location minus object center, strides, x then y
     mu:Tensor,      # (E, 2) strides
     log_sigma:Tensor, # (E, 2) log of strides
 )->Tensor: # (E,) <= 0
-    "log of the centre weight of Eq. 4."
+    "log of the center weight of Eq. 4."
     return -.5*((offsets-mu)*(-log_sigma).exp()).square().sum(-1)
 
 # %% ../nbs/12_opm.ipynb #c015
@@ -78,7 +78,7 @@ class CenterPrior(nn.Module):
     def forward(self,
         pairs:Pairs,
         pooled:Tensor=None, # (B, L, C), None: the bias alone
-    )->Tensor: # (E,) log of the centre weight
+    )->Tensor: # (E,) log of the center weight
         "log C of every pair."
         if self.mode == 'none': return torch.zeros_like(pairs.stride)
         if self.mode == 'fixed': return -.5*pairs.offsets.square().sum(-1)

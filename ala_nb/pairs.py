@@ -28,11 +28,13 @@ class Objects:
         n_images:int,  # B
         masks:list=None, # of B tensors (G, H, W) bool or uint8, px of each image; None: not known
         centers:Tensor=None, # (N, 2) px x, y: what center regions lie around; None: the middles of the boxes
-    ): self.boxes, self.labels, self.image, self.n_images, self.masks, self.centers = boxes, labels, image, n_images, masks, centers
+    ): self.boxes, self.labels, self.image, self.n_images, self.masks, self.centers = (boxes, labels, image,
+                                                                                       n_images, masks, centers)
 
     @classmethod
     def from_targets(cls,
-        targets:Sequence[dict], # one dict an image: 'boxes' (G, 4) xyxy px, 'labels' (G,) 0 ... K-1; perhaps 'masks' (G, H, W)
+        # one dict an image: 'boxes' (G, 4) xyxy px, 'labels' (G,) 0 ... K-1; perhaps 'masks' (G, H, W)
+        targets:Sequence[dict],
     )->Objects:
         "Objects of a batch from torchvision's targets; raises `InputError` that names the image."
         check_shapes(targets)
@@ -40,7 +42,8 @@ class Objects:
         labels = torch.cat([torch.as_tensor(t['labels']).reshape(-1) for t in targets]).long()
         counts = torch.tensor([len(t['labels']) for t in targets])
         image = torch.repeat_interleave(counts).to(boxes.device)      # counted on the host: no synchronization
-        out = cls(boxes if boxes.is_floating_point() else boxes.float(), labels, image, len(targets), target_masks(targets))
+        out = cls(boxes if boxes.is_floating_point() else boxes.float(), labels, image, len(targets),
+                  target_masks(targets))
         if boxes.device.type == 'cpu': check_finite(out)              # elsewhere one would have to wait for the device
         return out
 
@@ -57,7 +60,8 @@ class Objects:
         dev = like.device
         masks = None if self.masks is None else [m.to(dev) for m in self.masks]
         centers = None if self.centers is None else self.centers.to(dev, like.dtype)
-        return Objects(self.boxes.to(dev, like.dtype), self.labels.to(dev), self.image.to(dev), self.n_images, masks, centers)
+        return Objects(self.boxes.to(dev, like.dtype), self.labels.to(dev), self.image.to(dev),
+                       self.n_images, masks, centers)
 
 # %% ../nbs/01_pairs.ipynb #c010
 def check_shapes(targets:Sequence[dict])->None:
@@ -80,9 +84,11 @@ def target_masks(targets:Sequence[dict])->list:
     out = []
     for i,t in enumerate(targets):
         g, m = len(t['labels']), t.get('masks')
-        if m is None and not g: m = torch.zeros(0, 1, 1, dtype=torch.bool, device=t['labels'].device)     # a blank image
+        # a blank image
+        if m is None and not g: m = torch.zeros(0, 1, 1, dtype=torch.bool, device=t['labels'].device)
         if not isinstance(m, Tensor) or m.ndim != 3 or len(m) != g or m.dtype not in (torch.bool, torch.uint8):
-            what = 'missing' if m is None else f'{tuple(m.shape)} {m.dtype}' if isinstance(m, Tensor) else type(m).__name__
+            what = ('missing' if m is None else f'{tuple(m.shape)} {m.dtype}' if isinstance(m, Tensor)
+                    else type(m).__name__)
             raise InputError(f"targets[{i}]: masks are {what}; give bool or uint8 (G, H, W), here of {g} objects")
         out.append(m.as_subclass(Tensor))
     return out
@@ -316,7 +322,8 @@ def center_pairs(
     radius:float=1.5, # half side of the square around the center, in strides of the level
     clip:bool=True,   # also strictly inside the box
 )->Pairs:
-    "Locations strictly inside a square around each object's center (`objects.centers`, or the box's middle), on all levels."
+    """Locations strictly inside a square around each object's center (`objects.centers`, or the box's middle), on all
+    levels."""
     objects = objects.to(preds.points)
     b = objects.boxes[:,None]
     reach = radius*preds.levels(b.dtype)[1][None,:,None]

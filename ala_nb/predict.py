@@ -16,12 +16,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision import tv_tensors
 from .geometry import InputError
-from .files import SUFFIXES, _mismatch, check_faults, error_text, image_info, naming, probe_image, read_image, read_json, read_text, said, shown, translated, turns
+from .files import (SUFFIXES, _mismatch, check_faults, error_text, image_info, naming, probe_image, read_image,
+                          read_json, read_text, said, shown, translated, turns)
 from .formats import as_id, as_whole, map_classes
 from .data import eval_transforms, font_for
 from .detector import load_detector
 from .masks import encode_masks, mask_polygons
-from .evaluate import (Parser, _share, add_inference, detecting, draws_masks, exit_code, finite_outputs, pick_device,
+from .evaluate import (Parser, _share, add_inference, detecting, draws_masks, exit_code,
+                             finite_outputs, pick_device,
     rescale_boxes, run_config, run_sizes,
     underscored, write_json)
 
@@ -33,15 +35,20 @@ def as_image(
     if isinstance(x, (str, os.PathLike)): return read_image(x)
     if isinstance(x, Image.Image):
         exif = x.getexif()
-        if x.mode == 'I;16N': x = Image.fromarray(np.asarray(x))                           # no file has the byte order of the machine
+        # no file has the byte order of the machine
+        if x.mode == 'I;16N': x = Image.fromarray(np.asarray(x))
         if x.mode not in ('1','L','LA','P','RGB','RGBA') and x.mode[0] not in 'IF':     # a PNG has no such mode
             try: x = x.convert(dict(PA='RGBA', RGBa='RGBA', La='LA').get(x.mode, 'RGB'))
-            except ValueError: raise InputError(f'a PIL image of mode {x.mode}: Pillow cannot make RGB of it; give RGB') from None
-        with tempfile.SpooledTemporaryFile() as f:  # PIL's many modes go the way of files, so there is one place that knows them
+            except ValueError:
+                raise InputError(f'a PIL image of mode {x.mode}: Pillow cannot make RGB of it; give RGB') from None
+        # PIL's many modes go the way of files, so there is one place that knows them
+        with tempfile.SpooledTemporaryFile() as f:
             x.save(f, 'TIFF' if x.mode[0] in 'IF' else 'PNG', **({'exif':exif} if exif else {})); f.seek(0)
             return read_image(f)
-    t = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x)     # torch takes no view that runs backwards
-    if isinstance(x, np.ndarray): t = (t[...,None].expand(*t.shape, 3) if t.ndim == 2 else t).permute(2,0,1) if t.ndim in (2,3) else t
+    # torch takes no view that runs backwards
+    t = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x)
+    if isinstance(x, np.ndarray):
+        t = (t[...,None].expand(*t.shape, 3) if t.ndim == 2 else t).permute(2,0,1) if t.ndim in (2,3) else t
     if t.ndim != 3 or t.shape[0] != 3 or not t.numel():
         raise InputError(f'an image of shape {tuple(x.shape)}: arrays are (H, W) or (H, W, 3), tensors (3, H, W)')
     if t.is_floating_point():
@@ -59,9 +66,12 @@ def predict_batches(
     size=None, max_size=None, # px: short side, limit of the long side; None leaves images as they are
     batch_size:int=8,
     **how,           # nms, score_threshold, nms_threshold, max_detections in place of the model's
-): # yields, for each image, its RGB bytes (3, H, W) and, on the CPU, boxes (D,4) xyxy px of the image, labels (D,), scores (D,); masks (D,H,W) bool of a method that draws some
+# yields, for each image, its RGB bytes (3, H, W) and, on the CPU, boxes (D,4) xyxy px of the image, labels (D,), scores
+# (D,); masks (D,H,W) bool of a method that draws some
+):
     "Predict a stream of images."
-    transform, device, detect = eval_transforms(size, max_size), next(model.parameters()).device, detecting(model, **how)
+    transform, device, detect = (eval_transforms(size, max_size), next(model.parameters()).device,
+                                 detecting(model, **how))
     def work(batch):
         small = [transform(tv_tensors.Image(x)).as_subclass(torch.Tensor).to(device) for x in batch]
         more = {'mask_sizes':[tuple(x.shape[-2:]) for x in batch]} if draws_masks(model) else {}
@@ -77,16 +87,20 @@ def predict_batches(
 def predict(
     model,           # a run directory, or a Detector
     images,          # one image or a list: file names, PIL images, arrays (H, W[, 3]), tensors (3, H, W)
-    size=None, max_size=None, # px: short side, limit of the long side; None: the run's, or, with a Detector, as they are
+    # px: short side, limit of the long side; None: the run's, or, with a Detector, as they are
+    size=None, max_size=None,
     batch_size:int=8,
     device:str='auto', # for a run directory; a Detector stays where it is
     **how,           # nms, score_threshold, nms_threshold, max_detections in place of the model's
-)->list: # for each image a dict of boxes (D,4) xyxy px, labels (D,), scores (D,), names (D,) if the classes are known, masks (D,H,W) bool if some are drawn
+# for each image a dict of boxes (D,4) xyxy px, labels (D,), scores (D,), names (D,) if the classes are known, masks
+# (D,H,W) bool if some are drawn
+)->list:
     "Detections in images."
     if isinstance(model, (str, os.PathLike)):
         size, max_size = run_sizes(run_config(model), size, max_size)
         model = load_detector(model).to(pick_device(device))
-    if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)) or torch.is_tensor(images) and images.ndim == 3: images = [images]
+    if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)) or torch.is_tensor(images) and images.ndim == 3:
+        images = [images]
     training = model.training
     try: found = [out for _,out in predict_batches(model.eval(), images, size, max_size, batch_size, **how)]
     finally: model.train(training)
@@ -103,20 +117,23 @@ def draw_detections(
 )->Image.Image:
     "The image with its boxes, names and scores; the best ones on top."
     f = max(1, math.ceil(enlarge/max(image.shape[-2:])))
-    im = Image.fromarray(_with_masks(image, found)); im = im.resize((im.width*f, im.height*f), Image.NEAREST) if f>1 else im
+    im = Image.fromarray(_with_masks(image, found))
+    im = im.resize((im.width*f, im.height*f), Image.NEAREST) if f>1 else im
     from ala_nb.show import colour, contrast            # matplotlib is loaded by whoever draws
     draw, short = ImageDraw.Draw(im), min(im.size)
     letters = ''.join(sorted(set(''.join(map(shown, classes)))))
     names = [shown(c) if font_for(letters) else shown(c).encode('ascii','backslashreplace').decode() for c in classes]
     font, line = _font(max(10, round(short/45)), letters), max(2, round(short/250))
-    scores = found.get('scores'); order = range(len(found['labels'])) if scores is None else torch.as_tensor(scores).argsort().tolist()
+    scores = found.get('scores')
+    order = range(len(found['labels'])) if scores is None else torch.as_tensor(scores).argsort().tolist()
     for d in order:
         x1,y1,x2,y2 = (float(v)*f for v in found['boxes'][d]); label = int(found['labels'][d]); c = colour(label)
         draw.rectangle((x1,y1,max(x2,x1),max(y2,y1)), outline=c, width=line)
         words = names[label] + ('' if scores is None else f' {float(scores[d]):.2f}')
         l,t,r,b = draw.textbbox((0,0), words, font=font); w,h = r+4, b+3
         x,y = min(max(x1,0), max(im.width-w,0)), y1-h if y1>=h else min(y1+line, max(im.height-h,0))
-        draw.rectangle((x,y,x+w,y+h), fill=c); draw.text((x+2,y+1), words, fill={'k':'black','w':'white'}[contrast(c)], font=font)
+        draw.rectangle((x,y,x+w,y+h), fill=c)
+        draw.text((x+2,y+1), words, fill={'k':'black','w':'white'}[contrast(c)], font=font)
     return im
 
 def _with_masks(image, found, share=.45):
@@ -126,7 +143,8 @@ def _with_masks(image, found, share=.45):
     pixels = image.permute(1,2,0).cpu().numpy()
     if 'masks' not in found or not len(found['masks']): return pixels
     tint, covered = pixels.astype(np.float32), np.zeros(pixels.shape[:2], bool)
-    for m,l in zip(found['masks'].cpu().numpy(), found['labels'].tolist()):          # the best first: what it covers stays its own
+    # the best first: what it covers stays its own
+    for m,l in zip(found['masks'].cpu().numpy(), found['labels'].tolist()):
         own = m & ~covered; covered |= m
         tint[own] = (1-share)*tint[own] + share*255*np.array(to_rgb(colour(l)))
     return (tint+.5).astype(np.uint8)
@@ -144,7 +162,8 @@ def find_images(
     found = []
     for p in map(Path, inputs):
         if p.is_dir():
-            mine = sorted(f for f in p.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file() and not f.name.startswith('.'))
+            mine = sorted(f for f in p.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file()
+                          and not f.name.startswith('.'))
             if not mine: raise InputError(f"{shown(p)}: no image in this folder ({', '.join(SUFFIXES)})")
             found += mine
         elif p.is_file(): found.append(p)
@@ -162,7 +181,8 @@ def check_inputs(
     for f in files:
         try: probe_image(f); good.append(f)
         except InputError as e:
-            bad.append(str(e).replace(', or take it out of the annotations', '').replace(' or take it out of the annotations', ''))
+            bad.append(str(e).replace(', or take it out of the annotations',
+                                      '').replace(' or take it out of the annotations', ''))
     if bad and not skip:
         raise InputError(f'{bad[0]}' + (f' (and {len(bad)-1} more)' if len(bad)>1 else '')
             + '; or leave such files out with --skip_unreadable')
@@ -242,7 +262,8 @@ def picture_names(
 
 # %% ../nbs/18_predict.ipynb #c026
 class staging:
-    "A hidden folder in `out`, whose files are moved up if the block ends well (predictions.json last) and deleted if not."
+    """A hidden folder in `out`, whose files are moved up if the block ends well (predictions.json last) and deleted if
+    not."""
     def __init__(self, out): self.out = Path(out)
     def __enter__(self):
         # what a killed run left: its lock went with it
@@ -367,20 +388,26 @@ def predict_files(
 def make_parser():
     "The command line of `python -m ala_nb.predict`."
     p = Parser(prog='python -m ala_nb.predict', allow_abbrev=False,
-               description="Detect objects in images with a run's detector: annotated pictures and one JSON in COCO's form.")
+               description="Detect objects in images with a run's detector: annotated pictures and one JSON in "
+                           "COCO's form.")
     p.add_argument('run', metavar='RUN', help='directory that python -m ala_nb.train left')
     p.add_argument('inputs', nargs='+', metavar='IMAGE_OR_DIR', help='image files, and folders of them')
     o = p.add_argument_group('output')
-    o.add_argument('--out', required=True, metavar='DIR', help='folder for the pictures and predictions.json; it is made')
-    o.add_argument('--overwrite', action='store_true', help='write over predictions.json and over pictures of the same names; whatever else is there stays')
+    o.add_argument('--out', required=True, metavar='DIR',
+                   help='folder for the pictures and predictions.json; it is made')
+    o.add_argument('--overwrite', action='store_true',
+                   help='write over predictions.json and over pictures of the same names; whatever else is there stays')
     o.add_argument('--pictures', action=argparse.BooleanOptionalAction, default=True,
         help='with or without pictures, or the JSON alone [with]')
-    o.add_argument('--polygons', action='store_true', help='masks (of a method that draws some) as polygons in the JSON [as run lengths]')
-    o.add_argument('--annotations', metavar='FILE', help="COCO JSON of a data set; the results take its image and category ids")
+    o.add_argument('--polygons', action='store_true',
+                   help='masks (of a method that draws some) as polygons in the JSON [as run lengths]')
+    o.add_argument('--annotations', metavar='FILE',
+                   help="COCO JSON of a data set; the results take its image and category ids")
     i = p.add_argument_group('input')
     i.add_argument('--skip_unreadable', action='store_true',
         help='leave out files that cannot be read, and name them [stop before anything is written]')
-    i.add_argument('--size', type=int, metavar='PX', help="short side the images are resized to, 0: not resized [the run's]")
+    i.add_argument('--size', type=int, metavar='PX',
+                   help="short side the images are resized to, 0: not resized [the run's]")
     i.add_argument('--max_size', type=int, metavar='PX', help="limit of the long side, 0: none [the run's]")
     g,_ = add_inference(p)
     g.add_argument('--score_threshold', type=_share, default=.3, metavar='S',
@@ -394,11 +421,15 @@ def main(
     def work():
         a = vars(make_parser().parse_args(underscored(argv)))
         told = predict_files(progress=True, **a)
-        names = {c['id']:c['name'] for c in told['categories']}; count = Counter(names[x['category_id']] for x in told['annotations'])
-        print(f"{len(told['images'])} images, {len(told['annotations'])} boxes with a score from {a['score_threshold']:g}" +
-              (': ' + ', '.join(f'{n} {shown(k)}' for k,n in count.most_common(8)) + (' ...' if len(count)>8 else '') if count else ''))
+        names = {c['id']:c['name'] for c in told['categories']}
+        count = Counter(names[x['category_id']] for x in told['annotations'])
+        print(f"{len(told['images'])} images, {len(told['annotations'])} boxes with a score from "
+              f"{a['score_threshold']:g}" +
+              (': ' + ', '.join(f'{n} {shown(k)}' for k,n in count.most_common(8)) + (' ...' if len(count)>8 else '')
+               if count else ''))
         print(f"{a['out']}: {'pictures, ' if a['pictures'] else ''}predictions.json")
     return exit_code(work)
 
 # %% ../nbs/18_predict.ipynb #c035
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())       # not in the notebook, whose name is __main__ too
+# not in the notebook, whose name is __main__ too
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

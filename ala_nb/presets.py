@@ -17,7 +17,8 @@ SCHEDULES = {'1x': dict(epochs=12, milestones=(8/12, 11/12)), '2x': dict(epochs=
              '3x': dict(epochs=36, milestones=(24/36, 33/36))}
 
 RECIPE = dict(train_split='train2017', val_split='val2017', size=800, max_size=1333, flip=.5, batch_size=16,
-              optimizer='sgd', lr=.01, momentum=.9, weight_decay=1e-4, schedule='multistep', gamma=.1, warmup=1000, clip=0., ema=0., eval_every=1, weights='imagenet',
+              optimizer='sgd', lr=.01, momentum=.9, weight_decay=1e-4, schedule='multistep', gamma=.1, warmup=1000,
+              clip=0., ema=0., eval_every=1, weights='imagenet',
               bias_decay=1., norm_decay=0., other_decay=1.)
 ATSS_RECIPE = dict(warmup=500, warmup_shape='constant', warmup_start=1/3, bias_lr=2., bias_decay=0., norm_decay=1.)
 FCOS_RECIPE = dict(ATSS_RECIPE, clip=35.)
@@ -68,7 +69,8 @@ def add(name:str, paper:str, ap:str, net:str, schedule:str, method:str, options:
 
 # %% ../nbs/21_presets.ipynb #p021
 TESTDEV = 'test-dev for the printed number; val2017 is near it'
-MSTEST = TESTDEV + '; evaluate --scales 400 600 800 1000 1200 --max_size 2000 --flip, or other sizes: the papers name none'
+MSTEST = (TESTDEV
+          + '; evaluate --scales 400 600 800 1000 1200 --max_size 2000 --flip, or other sizes: the papers name none')
 for net,ap in dict(r101='48.4', x101='47.9', r101_dcn='48.0', x101_dcn='49.3').items():
     add(f'ala_{net}_2x_ms', 'ALA, Table XIII (XV: ten seeds)', f'{ap} test-dev', net, '2x', 'ala', None, MS,
         needs=TESTDEV)
@@ -183,7 +185,8 @@ add('o2f_crowdhuman', 'o2f, Table 8', 'AP 90.9, miss rate 45.2', 'r50', '1x', 'o
     needs='CrowdHuman; evaluate --metrics crowdhuman')
 add('poto_crowdhuman', 'POTO, in o2f, Table 8', 'AP 88.7, miss rate 52.0', 'r50', '1x', 'poto', None, CROWD, MANY,
     ADAM, needs='CrowdHuman; evaluate --metrics crowdhuman')
-add('poto_3dmf_aux_crowdhuman', 'POTO + 3DMF + Aux, in o2f, Table 8', 'AP 89.2, miss rate 49.6', 'r50', '1x', 'poto', AUX,
+add('poto_3dmf_aux_crowdhuman', 'POTO + 3DMF + Aux, in o2f, Table 8', 'AP 89.2, miss rate 49.6', 'r50',
+    '1x', 'poto', AUX,
     CROWD, MANY, ADAM, needs='CrowdHuman; evaluate --metrics crowdhuman')
 add('fcos_crowdhuman', 'FCOS, in o2f, Table 8', 'AP 86.1, miss rate 55.2', 'r50', '1x', 'fcos', None, RELU, CROWD,
     MANY, ADAM, needs='CrowdHuman; evaluate --metrics crowdhuman')
@@ -193,14 +196,18 @@ for net,ap in dict(r101='41.5', x101='44.7').items():
 
 # %% ../nbs/21_presets.ipynb #p039
 for schedule,own,aps in (('1x',(),('35.4','32.8','35.9')), ('3x',(MS,),('38.1','36.1','38.0'))):
-    for method,row,ap in zip(('condinst','condinst_poto','condinst_o2f'), ('CondInst','CondInst with POTO','CondInst with o2f'), aps):
-        add(f'{method}_r50_{schedule}' + '_ms'*bool(own), f'o2f, Table 9, {row}', f'{ap} mask AP val', 'r50', schedule, method, None, *own,
+    for method,row,ap in zip(('condinst','condinst_poto','condinst_o2f'),
+                             ('CondInst','CondInst with POTO','CondInst with o2f'), aps):
+        add(f'{method}_r50_{schedule}' + '_ms'*bool(own), f'o2f, Table 9, {row}', f'{ap} mask AP val', 'r50', schedule,
+            method, None, *own,
             *(RELU,)*(method == 'condinst'), needs='COCO; masks are read from its segmentations')
 
 FINE = dict(mask_channels=48, mask_convs=2, mask_norm='group', finer=4, masks_per_image=16)
 for method in ('condinst','condinst_poto','condinst_o2f'):
-    knobs = dict(data='shapes', method=method, method_options=FINE, backbone='tiny', detector_options={}, batch_size=8, lr=3e-3)
-    PRESETS[f'shapes_{method}'] = Preset(f'shapes_{method}', 'masks on the embedded set', 'box and mask AP in nbs/results/condinst.csv', knobs)
+    knobs = dict(data='shapes', method=method, method_options=FINE, backbone='tiny', detector_options={},
+                 batch_size=8, lr=3e-3)
+    PRESETS[f'shapes_{method}'] = Preset(f'shapes_{method}', 'masks on the embedded set',
+                                         'box and mask AP in nbs/results/condinst.csv', knobs)
 
 # %% ../nbs/21_presets.ipynb #p041
 def find_preset(
@@ -229,7 +236,8 @@ def preset_knobs(
     images = knobs['batch_size']*knobs.get('accumulate', 1)
     if images != base['batch_size'] and 'lr' not in given:
         knobs['lr'] = base['lr']*images/base['batch_size']
-        said.append(f"learning rate {knobs['lr']:.3g}: the preset's {base['lr']:g} is for {base['batch_size']} images a step, and these are {images}")
+        said.append(f"learning rate {knobs['lr']:.3g}: the preset's {base['lr']:g} is for {base['batch_size']} images "
+                    f"a step, and these are {images}")
     if p.missing: said.append(f'not here: {p.missing}')
     first = f'preset {name}: {p.paper}, AP {p.ap}' if p.ap[0].isdigit() else f'preset {name}: {p.paper}, {p.ap}'
     return knobs, [first + (f'; needs {p.needs}' if p.needs else ''), *said]
@@ -237,6 +245,8 @@ def preset_knobs(
 def presets_table()->str:
     "Text: a line for each preset."
     rows = [('preset', 'row', 'AP', 'needs')] + [(p.name, p.paper, p.ap,
-                                                  '; '.join(filter(None, (p.needs, p.missing and f'NOT HERE: {p.missing}')))) for p in PRESETS.values()]
+                                                  '; '.join(filter(None,
+                                                                   (p.needs, p.missing and f'NOT HERE: {p.missing}'))))
+                                                                   for p in PRESETS.values()]
     wide = [max(len(r[i]) for r in rows) for i in range(3)]
     return '\n'.join('  '.join([*(c.ljust(w) for c,w in zip(r, wide)), r[3]]).rstrip() for r in rows)

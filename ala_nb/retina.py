@@ -55,8 +55,10 @@ class RetinaNet(Method):
         choice('third_branch', third_branch, ('objectness',None)); in_range('anchor_scale', anchor_scale, 1e-3, 1e3)
         in_range('high', high, 0, 1); in_range('low', low, 0, high); in_range('box_weight', box_weight, 0, 1e3)
         in_range('focal_alpha', focal_alpha, 0, 1); in_range('focal_gamma', focal_gamma, 0, 10)
-        super().__init__(num_classes, HeadSpec(box_activation='anchor', anchor_scale=anchor_scale, level_scales=False, third=third_branch))
-        self.high, self.low, self.rescue, self.anchor_scale, self.box_weight = high, low, rescue, anchor_scale, box_weight
+        super().__init__(num_classes, HeadSpec(box_activation='anchor', anchor_scale=anchor_scale, level_scales=False,
+                                               third=third_branch))
+        self.high, self.low, self.rescue, self.anchor_scale, self.box_weight = (high, low, rescue,
+                                                                                anchor_scale, box_weight)
         self.focal = focal_alpha, focal_gamma
 
 # %% ../nbs/27b_retina.ipynb #c010
@@ -70,7 +72,8 @@ def assign(self:RetinaNet, preds, objects, progress):
         rows = alone.nonzero().flatten()
     n, (alpha, gamma) = normalizer(pos.sum()), self.focal
     cls = focal_loss(table, pos, n, obj, None if obj is None else pairs.third(preds), alpha, gamma)
-    unsure = focal_negative(preds.cls_logits.flatten(0,1)[rows], None if obj is None else obj.flatten()[rows][:,None], gamma)
+    unsure = focal_negative(preds.cls_logits.flatten(0,1)[rows],
+                            None if obj is None else obj.flatten()[rows][:,None], gamma)
     box = (pos*giou_loss(dist, pairs.targets)).sum()/n
     return Assignment(dict(loss_cls=cls - (1-alpha)*unsure.sum()/n, loss_reg=self.box_weight*box), pairs,
                       dict(pos=pos, neg=1-pos, overlap=iou), lambda: self.explain(iou))

@@ -37,7 +37,8 @@ def png(
     out = io.BytesIO(); fig.savefig(out, format='png', dpi=fig.dpi, **how)
     if out.tell() > 40_000:
         full, out = out, io.BytesIO()
-        Image.open(full).convert('RGB').quantize(256, Image.Quantize.MAXCOVERAGE).save(out, 'png', optimize=True)   # keeps the few pixels of the scale's colours
+        # keeps the few pixels of the scale's colours
+        Image.open(full).convert('RGB').quantize(256, Image.Quantize.MAXCOVERAGE).save(out, 'png', optimize=True)
     return out.getvalue()
 
 class Picture(Figure):
@@ -49,10 +50,12 @@ def panels(
     rows:int, columns:int,
     width:float=2.4, height:float=2.4, # inches a panel
     dpi:float=80,
-    beside:float=0., below:float=.1,   # inches for what stands beside all panels, and below (or above) them; a title is allowed for
+    # inches for what stands beside all panels, and below (or above) them; a title is allowed for
+    beside:float=0., below:float=.1,
 ): # figure, and its axes (rows, columns)
     "A grid of empty axes without ticks."
-    fig = Picture(figsize=(max(columns,1)*width + beside, max(rows,1)*(height+.22) + below), dpi=dpi, layout='compressed')
+    fig = Picture(figsize=(max(columns,1)*width + beside, max(rows,1)*(height+.22) + below), dpi=dpi,
+                  layout='compressed')
     axes = fig.subplots(max(rows,1), max(columns,1), squeeze=False)
     for ax in axes.flat: ax.set(xticks=[], yticks=[])
     return fig, axes
@@ -98,11 +101,13 @@ def image_size(
     "The size of the grid that the locations cover: the image and its padding."
     if len(pairs.points) == 0: return 1, 1
     p, s = as_array(pairs.points), as_array(pairs.strides)
-    o = p[0]/s[0]                                                                  # a location lies o strides into its cell
+    # a location lies o strides into its cell
+    o = p[0]/s[0]
     return tuple(float(np.ceil((p[:,k] + (1-o[k])*s).max() - 1e-3)) for k in (1,0))
 
 # %% ../nbs/17_show.ipynb #c014
-PALETTE = '#E69F00', '#56B4E9', '#009E73', '#CC79A7', '#F0E442', '#0072B2', '#D55E00', '#FFFFFF'   # Okabe and Ito, white for their black
+# Okabe and Ito, white for their black
+PALETTE = '#E69F00', '#56B4E9', '#009E73', '#CC79A7', '#F0E442', '#0072B2', '#D55E00', '#FFFFFF'
 
 def colour(k:int)->str:
     "The colour of class or level k."
@@ -132,7 +137,8 @@ def place_texts(
 
 # %% ../nbs/17_show.ipynb #c019
 def px_per_point(ax)->float:
-    "Data units that a typographic point (1/72 inch) takes on axes of equal scale; before the layout is made it errs on the large side."
+    """Data units that a typographic point (1/72 inch) takes on axes of equal scale; before the layout is made it errs
+    on the large side."""
     (x1,x2), (y1,y2), box = ax.get_xlim(), ax.get_ylim(), ax.get_position()
     w,h = ax.figure.get_size_inches()*72
     return max(abs(x2-x1)/(w*box.width), abs(y2-y1)/(h*box.height))
@@ -149,7 +155,8 @@ def draw_texts(
     use = [i for i,t in enumerate(texts) if t][:limit]
     at = place_texts([boxes[i] for i in use], [((.62*len(texts[i])+.4)*u, 1.5*u) for i in use], (x1,y1,x2,y2))
     for i,xy in zip(use, at):
-        if xy is not None: ax.text(xy[0]+.2*u, xy[1]+.75*u, texts[i], size=size, color=contrast(colours[i]), va='center', ha='left',
+        if xy is not None:
+            ax.text(xy[0]+.2*u, xy[1]+.75*u, texts[i], size=size, color=contrast(colours[i]), va='center', ha='left',
                                    clip_on=True, parse_math=False, bbox=dict(fc=colours[i], ec='none', pad=.7))
 
 # %% ../nbs/17_show.ipynb #c020
@@ -178,13 +185,16 @@ def draw_boxes(
     if texts is None: texts = [f'{name(l)} {s:.2f}'.strip() if np.isfinite(s) else name(l) for l,s in zip(label, score)]
     order = np.argsort(-np.nan_to_num(score, nan=-np.inf), kind='stable')
     order = order[np.isfinite(b[order]).all(1)]
-    reach = 4*max(map(abs, (*ax.get_xlim(), *ax.get_ylim(), 1)))                                  # a box may end far outside the picture
+    # a box may end far outside the picture
+    reach = 4*max(map(abs, (*ax.get_xlim(), *ax.get_ylim(), 1)))
     b, c = np.clip(b, -reach, reach), [to_rgb((colours or PALETTE)[l % len(colours or PALETTE)]) for l in label]
     back = order[::-1]
     corners = b[back][:,[0,1,2,1,2,3,0,3]].reshape(-1,4,2)
     for w,colour_of in [(width+casing, lambda i: contrast(c[i]))]*bool(casing) + [(width, lambda i: c[i])]:
-        ax.add_collection(PolyCollection(corners, facecolors='none', edgecolors=[colour_of(i) for i in back], linewidths=w,
-            joinstyle='miter', linestyles=[(0,(2,1.5)) if dashed[i] and w == width else '-' for i in back]), autolim=False)
+        ax.add_collection(PolyCollection(corners, facecolors='none',
+                                         edgecolors=[colour_of(i) for i in back], linewidths=w,
+            joinstyle='miter', linestyles=[(0,(2,1.5)) if dashed[i] and w == width else '-' for i in back]),
+            autolim=False)
     draw_texts(ax, [texts[i] for i in order], b[order], [c[i] for i in order])
     return ax.figure
 
@@ -192,7 +202,8 @@ def draw_boxes(
 def class_legend(fig, labels, classes, colours=None):
     "A line for each class that occurs, under the panels."
     colours = colours or PALETTE
-    line = lambda l: Patch(fc=colours[l % len(colours)], ec='k', lw=.6, label=str(classes[l]) if l < len(classes) else str(l))
+    line = lambda l: Patch(fc=colours[l % len(colours)], ec='k', lw=.6,
+                           label=str(classes[l]) if l < len(classes) else str(l))
     use = sorted({int(l) for l in labels if l >= 0})
     if not use: return
     columns = min(len(use), max(1, int(fig.get_figwidth()/1.1)))
@@ -220,7 +231,8 @@ def prediction_grid(
     outputs,        # the detector's dicts with 'boxes', 'labels', 'scores'; None to show the truth alone
     classes=(),     # names
     n:int=8,        # so many images at most
-    threshold:float=None, # least score that is drawn; default `operating_point` of these images, 0.3 where there is no truth
+    # least score that is drawn; default `operating_point` of these images, 0.3 where there is no truth
+    threshold:float=None,
     columns:int=4,
     width:float=2.4, # inches a panel
     dpi:float=80,
@@ -229,17 +241,20 @@ def prediction_grid(
     images, classes = [pixels(x) for x in list(images)[:n]], list(classes)
     kinds = [k for k,given in (('truth', targets), ('found', outputs)) if given is not None]
     if not kinds or not images: return nothing_to_show('no image' if kinds else 'neither truth nor detections')
-    if threshold is None: threshold = .3 if outputs is None or targets is None else operating_point(targets[:n], outputs[:n])
+    if threshold is None:
+        threshold = .3 if outputs is None or targets is None else operating_point(targets[:n], outputs[:n])
     columns = min(columns, len(images)); blocks = -(-len(images)//columns)
     tall = np.median([x.shape[0]/x.shape[1] for x in images])
     fig, axes = panels(blocks*len(kinds), columns, width, width*min(max(tall, .3), 3), dpi, below=.35)
     for ax in axes.flat: ax.axis('off')
-    seen, write = set(), classes if len(classes) > len(PALETTE) else None              # names only where colours do not tell
+    # names only where colours do not tell
+    seen, write = set(), classes if len(classes) > len(PALETTE) else None
     for i,image in enumerate(images):
         for k,kind in enumerate(kinds):
             ax = axes[i//columns*len(kinds)+k, i%columns]; show_image(ax, image)
             found = targets[i] if kind == 'truth' else confident(outputs[i], threshold)
-            draw_boxes(ax, found['boxes'], found['labels'], write, found.get('scores'), found.get('crowd'), width=1.6, casing=.8)
+            draw_boxes(ax, found['boxes'], found['labels'], write, found.get('scores'), found.get('crowd'),
+                       width=1.6, casing=.8)
             seen.update(as_array(found['labels']).astype(int).reshape(-1).tolist())
             count = len(as_array(found['boxes']).reshape(-1,4))
             ax.set_title(f'truth: {count}' if kind == 'truth' else f'score ≥ {threshold:.2f}: {count}', fontsize=9)
@@ -261,7 +276,8 @@ def read_rows(
         try:
             with open(source, newline='', encoding='utf-8') as f: source = list(csv.DictReader(f))
         except (OSError, UnicodeDecodeError, csv.Error) as e:
-            raise InputError(f'{source}: cannot be read as a table of metrics ({e}); give the metrics.csv of a run') from None
+            raise InputError(f'{source}: cannot be read as a table of metrics ({e}); give the metrics.csv '
+                             'of a run') from None
     rows = list(source)
     def number(x):
         try: return float(x)
@@ -270,14 +286,15 @@ def read_rows(
     return {k: np.array([number(r.get(k)) for r in rows]) for k in names}
 
 def running_mean(y, window:int)->np.ndarray:
-    "Centred mean over `window` values, of those that are finite; shorter at the ends."
+    "Centered mean over `window` values, of those that are finite; shorter at the ends."
     ok = np.isfinite(y); k = np.ones(max(int(window), 1))
     total, count = np.convolve(np.where(ok, y, 0), k, 'same'), np.convolve(ok.astype(float), k, 'same')
     return np.where(count > .5, total/np.maximum(count, 1), np.nan)
 
 # %% ../nbs/17_show.ipynb #c034
 CURVES = {'loss': lambda k: k.startswith('loss'), 'AP': lambda k: k in ('AP','AP50','AP75','APs','APm','APl'),
-          'learning rate': lambda k: k == 'lr', 'norm of the gradient': lambda k: k == 'grad_norm'}   # panel -> its columns
+          # panel -> its columns
+          'learning rate': lambda k: k == 'lr', 'norm of the gradient': lambda k: k == 'grad_norm'}
 
 def draw_curve(ax, x, y, name, c, smooth):
     "One column: a point a value where they are few, thin raw and thick smoothed line where they are many."
@@ -293,7 +310,8 @@ def draw_curve(ax, x, y, name, c, smooth):
 
 def plain_log(ax):
     "A logarithmic y axis with ticks at 1, 2 and 5 times powers of ten, written as plain numbers."
-    ax.set_yscale('log'); ax.yaxis.set_major_locator(LogLocator(10, (1,2,5), numticks=30)); ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_yscale('log'); ax.yaxis.set_major_locator(LogLocator(10, (1,2,5), numticks=30))
+    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.yaxis.set_major_formatter(lambda v, _: f'{v:g}')
 
 # %% ../nbs/17_show.ipynb #c035
@@ -305,7 +323,8 @@ def curves(
 )->Figure:
     "Losses, AP, learning rate and gradient over a run; a panel for each that the table has."
     table = read_rows(source)
-    if x is not None and x not in table: raise InputError(f'x: the table has no column {x!r}; it has {", ".join(table)}')
+    if x is not None and x not in table:
+        raise InputError(f'x: the table has no column {x!r}; it has {", ".join(table)}')
     x = x or next((k for k in ('epoch','step') if k in table), None)
     at = table[x] if x else np.arange(len(next(iter(table.values()), ())))
     found = {title: [k for k in table if rule(k) and np.isfinite(table[k]).any()] for title,rule in CURVES.items()}
@@ -316,20 +335,25 @@ def curves(
     line = [c for c in PALETTE if c not in ('#FFFFFF', '#F0E442')]                     # seen on white
     for ax,(title,names) in zip(axes.flat, found.items()):
         ax.set_title(title, fontsize=10)
-        for i,k in enumerate(names): draw_curve(ax, at, table[k], k, line[i % len(line)], smooth=title in ('loss', 'norm of the gradient'))
+        for i,k in enumerate(names):
+            draw_curve(ax, at, table[k], k, line[i % len(line)], smooth=title in ('loss', 'norm of the gradient'))
         y = np.concatenate([table[k][np.isfinite(table[k])] for k in names])
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True)); ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1,2,2.5,5,10]))
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1,2,2.5,5,10]))
         if title == 'AP': ax.set_ylim(0, max(1.05*y.max(), .01))
         elif title != 'learning rate' and 0 < 4*y.min() < y.max() < 1e12*y.min(): plain_log(ax)
         ax.set_xlabel(x or 'row', fontsize=8); ax.tick_params(labelsize=8); ax.grid(alpha=.25)
-        if len(names) > 1:                                               # the legend beside the panel: never over a line
-            ax.legend(fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1), borderaxespad=0, handlelength=1.2)
+        # the legend beside the panel: never over a line
+        if len(names) > 1:
+            ax.legend(fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1),
+                      borderaxespad=0, handlelength=1.2)
     return fig
 
 # %% ../nbs/17_show.ipynb #c040
 ALARM = '#00E5FF'  # the colour of a value that is not a number
 
-SCALE = ListedColormap(colormaps['plasma'](np.linspace(.12, 1, 256))).with_extremes(bad=ALARM)  # from dark violet, seen on any image, to yellow
+# from dark violet, seen on any image, to yellow
+SCALE = ListedColormap(colormaps['plasma'](np.linspace(.12, 1, 256))).with_extremes(bad=ALARM)
 
 def weight_scale()->ScalarMappable:
     "The scale of all weights, everywhere: 0 ... 1, by the square root."
@@ -337,7 +361,8 @@ def weight_scale()->ScalarMappable:
 
 def glow(scale, values)->np.ndarray: # (..., 4) colours
     "Colours of values on a scale, the less opaque the lower they are: the image is seen where there is little."
-    v = np.ma.masked_invalid(np.clip(as_array(values), scale.norm.vmin, scale.norm.vmax))    # infinite is beyond the end
+    # infinite is beyond the end
+    v = np.ma.masked_invalid(np.clip(as_array(values), scale.norm.vmin, scale.norm.vmax))
     c = np.array(scale.to_rgba(v))
     c[...,3] = np.where(np.ma.getmaskarray(v), 1, .3 + .7*np.clip(np.ma.filled(scale.norm(v), 1), 0, 1))
     return c
@@ -373,7 +398,8 @@ def object_number(
 )->int: # in the batch; None if the image has no object
     "Number of an image's object in the batch."
     n = int((objects.image == image).sum())
-    if not 0 <= image < objects.n_images: raise InputError(f'image: {image}, but the batch has images 0 ... {objects.n_images-1}')
+    if not 0 <= image < objects.n_images:
+        raise InputError(f'image: {image}, but the batch has images 0 ... {objects.n_images-1}')
     if n and not 0 <= obj < n: raise InputError(f'obj: {obj}, but image {image} has objects 0 ... {n-1}')
     return int((objects.image < image).sum()) + obj if n else None
 
@@ -383,7 +409,8 @@ def bag(
     image:int, obj:int, # image of the batch, object of the image
 ): # points (n, 2) px, levels (n,), weights (n,), locations (n,)
     "The candidates of an object and their weights."
-    if name not in out.weights: raise InputError(f'{name}: the assignment has no such weights; it has {", ".join(out.weights) or "none"}')
+    if name not in out.weights:
+        raise InputError(f'{name}: the assignment has no such weights; it has {", ".join(out.weights) or "none"}')
     pairs, number = out.pairs, object_number(out.pairs.objects, image, obj)
     mine = (pairs.obj == (-1 if number is None else number)).nonzero().flatten()
     loc = pairs.loc[mine]
@@ -441,7 +468,8 @@ def weight_rows(
             draw_boxes(ax, [box], colours=['w'], width=1.6)
             head = f'stride {strides[l]:g} px\n' if r == 0 else ''
             ax.set_title(head + f'{int(at.sum())} candidates, sum {brief(np.nansum(w[at]))}', fontsize=9)
-    bar = fig.colorbar(scale, ax=axes, ticks=[0,.01,.05,.2,.5,1], shrink=min(.9, 3/fig.get_figheight()), aspect=18, pad=.02)
+    bar = fig.colorbar(scale, ax=axes, ticks=[0,.01,.05,.2,.5,1], shrink=min(.9, 3/fig.get_figheight()),
+                       aspect=18, pad=.02)
     bar.ax.tick_params(labelsize=9)
     bar.ax.set_yticklabels(['0','.01','.05','.2','.5','1']); bar.set_label('weight', fontsize=9)
     return fig
@@ -449,7 +477,8 @@ def weight_rows(
 # %% ../nbs/17_show.ipynb #c047
 def show_weights(
     out,            # Assignment: pairs and their weights
-    preds=None,     # Predictions: the box predicted where the first weight is largest is drawn too, dotted; None leaves it out
+    # Predictions: the box predicted where the first weight is largest is drawn too, dotted; None leaves it out
+    preds=None,
     image:int=0,    # of the batch
     obj:int=0,      # of the image
     names=None,     # weights to show, a row each; default 'pos' and 'neg' as far as there are
@@ -458,11 +487,13 @@ def show_weights(
     width:float=2.7, dpi:float=80, # inches a panel, dots an inch
 )->Figure:
     "The weights that one object's candidates have, level by level, on the scale of all weights."
-    names = [names] if isinstance(names, str) else list(names or [k for k in ('pos','neg') if k in out.weights] or list(out.weights)[:2])
+    names = ([names] if isinstance(names, str)
+             else list(names or [k for k in ('pos','neg') if k in out.weights] or list(out.weights)[:2]))
     if not names: return nothing_to_show('no weights')
     fig = weight_rows([(k, out, k) for k in names], image, obj, picture, margin, width, dpi)
     if preds is not None and object_number(out.pairs.objects, image, obj) is not None:
-        draw_best(fig.axes[:-1], out, preds, names[0], image, obj)                     # the last axes are the colour bar's
+        # the last axes are the colour bar's
+        draw_best(fig.axes[:-1], out, preds, names[0], image, obj)
     return fig
 
 def draw_best(row, out, preds, name, image, obj):
@@ -473,7 +504,8 @@ def draw_best(row, out, preds, name, image, obj):
     x1,y1,x2,y2 = np.nan_to_num(np.concatenate([xy[i]-d[:2], xy[i]+d[2:]]), posinf=1e5, neginf=-1e5)
     ax = row[sorted(set(level.tolist())).index(level[i])]
     ax.plot(*xy[i], '+', c='#56B4E9', ms=7, mew=1.5, scalex=False, scaley=False)
-    ax.plot(np.clip([x1,x2,x2,x1,x1],-1e5,1e5), np.clip([y1,y1,y2,y2,y1],-1e5,1e5), ':', c='#56B4E9', lw=1.8, scalex=False, scaley=False)
+    ax.plot(np.clip([x1,x2,x2,x1,x1],-1e5,1e5), np.clip([y1,y1,y2,y2,y1],-1e5,1e5), ':', c='#56B4E9', lw=1.8,
+            scalex=False, scaley=False)
 
 # %% ../nbs/17_show.ipynb #c055
 def compare_methods(
@@ -531,10 +563,13 @@ def show_assignment(
         found = [relative(out, name, i, g) for g in chosen]
         for l in reversed(range(len(strides))):                                   # coarse ones first, under the fine
             xy, w = (np.concatenate([f[k][f[1]==l] for f in found] or [np.zeros((0,2) if k==0 else 0)]) for k in (0,2))
-            if len(xy): used.add(l); draw_discs(ax, xy, strides[l]*.65, [(*to_rgb(colour(l)), .05+.75*a) for a in w], (0,0,0,.5), .5)
+            if len(xy): used.add(l); draw_discs(ax, xy, strides[l]*.65,
+                                                [(*to_rgb(colour(l)), .05+.75*a) for a in w], (0,0,0,.5), .5)
         without = sum(len(f[0]) == 0 for f in found)
-        ax.set_title(f'{len(chosen)} of {len(boxes)} objects' + (f', {without} without positives' if without else ''), fontsize=9)
-    mark = lambda l: Line2D([], [], ls='', marker='o', ms=4+2*l, mfc=colour(l), mec='k', mew=.5, label=f'stride {strides[l]:g}')
+        ax.set_title(f'{len(chosen)} of {len(boxes)} objects' + (f', {without} without positives' if without else ''),
+                     fontsize=9)
+    mark = lambda l: Line2D([], [], ls='', marker='o', ms=4+2*l, mfc=colour(l), mec='k', mew=.5,
+                            label=f'stride {strides[l]:g}')
     marks = [mark(l) for l in sorted(used)]
     if marks: fig.legend(handles=marks, loc='outside lower center', ncols=len(marks), fontsize=8, frameon=False)
     return fig
@@ -552,7 +587,8 @@ def level_maps(
     "A heat map for each level of the pyramid."
     v = as_array(values).reshape(-1)
     if len(v) != preds.n_locations:
-        raise InputError(f"values: {len(v)} of them for {preds.n_locations} locations; give one a location, of one image and class")
+        raise InputError(f"values: {len(v)} of them for {preds.n_locations} locations; give one a location, of one "
+                         "image and class")
     if len(v) == 0: return nothing_to_show('no location')
     ok = v[np.isfinite(v)]
     lo, hi = (x if x is not None else f(ok) if len(ok) else 0. for x,f in ((vmin, np.min), (vmax, np.max)))
@@ -561,7 +597,8 @@ def level_maps(
     fig, axes = panels(1, len(preds.level_sizes), width, width*min(max(size[0]/size[1],.3),3), dpi, beside=.8)
     for ax,(h,w),a,s in zip(axes[0], preds.level_sizes, preds.level_starts, preds.level_strides):
         show_image(ax, picture, size, .4)
-        left = (preds.offset-.5)*s                                                 # a cell of the map is centred on its location
+        # a cell of the map is centered on its location
+        left = (preds.offset-.5)*s
         c = glow(scale, v[a:a+h*w].reshape(h,w))
         if picture is None: c[...,3] = 1
         ax.imshow(c, extent=(left, left+w*s, left+h*s, left), interpolation='nearest')
@@ -617,21 +654,24 @@ class Menu:
     def widget(self, **style):
         "The control of ipywidgets."
         from ipywidgets import Dropdown
-        return Dropdown(options=list(self.options.items()), index=list(self.options.values()).index(self.value), **style)
+        return Dropdown(options=list(self.options.items()),
+                        index=list(self.options.values()).index(self.value), **style)
 
 # %% ../nbs/17_show.ipynb #t003
 class turn:
     "A figure with controls beside it: living with a kernel, the figure at its first values without."
     def __init__(self,
         draw,          # called with the controls' values by name, returns a figure
-        idle:dict=None, # name of a control -> function of all values by name, returns why it has no effect, or nothing if it has
+        # name of a control -> function of all values by name, returns why it has no effect, or nothing if it has
+        idle:dict=None,
         sight:int=5,   # so many controls are in sight
         **controls,    # `Slider` or `Menu`, by the name of draw's argument
     ):
         self.draw, self.idle, self.sight, self.controls = draw, idle or {}, sight, controls
         self.values = {k: c.value for k,c in controls.items()}
         self.box = None
-        if missing := set(self.idle) - set(controls): raise InputError(f'turn: there is no control {", ".join(sorted(missing))}')
+        if missing := set(self.idle) - set(controls):
+            raise InputError(f'turn: there is no control {", ".join(sorted(missing))}')
 
     def picture(self)->bytes:
         "The figure at the present values, as a PNG file."
@@ -644,7 +684,8 @@ class turn:
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         still = self.picture(); words = '; '.join(c.label for c in self.controls.values())
-        found = {'image/png': base64.b64encode(still).decode(), 'text/plain': f'A picture to turn with a kernel: {words}'}
+        found = {'image/png': base64.b64encode(still).decode(),
+                 'text/plain': f'A picture to turn with a kernel: {words}'}
         try: return self.alive(still)._repr_mimebundle_() | found
         except ImportError: return found                          # ipywidgets is not there
 
@@ -657,21 +698,25 @@ def alive(
     "The controls in a column, the picture to the right of them or, where the page is narrow, below."
     from ipywidgets import Accordion, HBox, HTML, Image as Shown, Layout, VBox
     self.widgets = {k: c.widget(tooltip=c.label, layout=Layout(width='auto')) for k,c in self.controls.items()}
-    rows = [VBox([HTML(html.escape(c.label), layout=Layout(margin='6px 2px -6px')), self.widgets[k]], layout=Layout(overflow='visible')) for k,c in self.controls.items()]
-    self.shown, self.line = Shown(value=still, format='png', layout=Layout(max_width='100%', height='auto', object_fit='contain')), HTML()
+    rows = [VBox([HTML(html.escape(c.label), layout=Layout(margin='6px 2px -6px')), self.widgets[k]],
+                 layout=Layout(overflow='visible')) for k,c in self.controls.items()]
+    self.shown, self.line = Shown(value=still, format='png',
+                                  layout=Layout(max_width='100%', height='auto', object_fit='contain')), HTML()
     def changed(change, name):
         self.values[name] = change['new']
         try: self.shown.value = self.picture()
         except Exception as e: self.line.value = f'<b>{html.escape(str(e))}</b>'
         else: told()
     def told():
-        why = self.reasons(); self.line.value = '<br>'.join(f'{html.escape(self.controls[k].label)}: {html.escape(v)}' for k,v in why.items())
+        why = self.reasons()
+        self.line.value = '<br>'.join(f'{html.escape(self.controls[k].label)}: {html.escape(v)}' for k,v in why.items())
         for k in self.idle: self.widgets[k].disabled = k in why
     for k,w in self.widgets.items(): w.observe(functools.partial(changed, name=k), 'value')
     told(); rest = rows[self.sight:]
     fold = [Accordion([VBox(rest)], titles=('More',), selected_index=None)] if rest else []
     column = VBox([*rows[:self.sight], *fold, self.line], layout=Layout(width='19em', flex='0 0 auto'))
-    self.box = HBox([column, HBox([self.shown], layout=Layout(flex='1 1 24em', min_width='0'))], layout=Layout(flex_flow='row wrap'))
+    self.box = HBox([column, HBox([self.shown], layout=Layout(flex='1 1 24em', min_width='0'))],
+                    layout=Layout(flex_flow='row wrap'))
     return self.box
 
 # %% ../nbs/17_show.ipynb #c078
@@ -682,4 +727,5 @@ def main(
     from ala_nb.microscope import main
     return main(argv, 'python -m ala_nb.show')
 
-if __name__ == '__main__' and '__file__' in globals(): raise SystemExit(main())       # not in the notebook, whose name is __main__ too
+# not in the notebook, whose name is __main__ too
+if __name__ == '__main__' and '__file__' in globals(): raise SystemExit(main())

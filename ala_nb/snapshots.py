@@ -33,7 +33,8 @@ RECIPES = dict(                      # name of the snapshots -> method, its opti
     ala_one_to_one = ('ala', dict(blur_radius=0, one_to_one=True)))
 NETWORK = dict(channels=24, head_convs=1, backbone_options=dict(widths=(8,16,24,32,48)))
 MOMENTS = .01, .04, .12, .3, .6, 1.          # shares of training after which a snapshot is taken
-SHOWN = 21, 11, 14, 1, 25, 37, 26, 8         # images of the validation split: rings, crescents, frames, overlaps, tiny objects
+# images of the validation split: rings, crescents, frames, overlaps, tiny objects
+SHOWN = 21, 11, 14, 1, 25, 37, 26, 8
 FOLDER = Path(ala_nb.__file__).parent/'shipped'
 
 # %% ../nbs/17b_snapshots.ipynb #c007
@@ -118,7 +119,8 @@ class Snapshot:
 
     def assign(self, progress:float=None)->Assignment:
         "What the method makes of the predictions; at its own moment, or at another `progress`."
-        with torch.no_grad(): return self.method(self.preds, self.objects, self.progress if progress is None else progress)
+        with torch.no_grad():
+            return self.method(self.preds, self.objects, self.progress if progress is None else progress)
 
 def load(
     name:str,       # one of `names()`, or a .npz that `pack` wrote
@@ -144,9 +146,11 @@ def as_predictions(at:dict, images, model)->Predictions:
     batch, _ = batch_images(images, model.mean, model.std, model.config['pad_to'])
     strides, real = model.strides, {k: v.float() for k,v in at.items()}
     sizes = [(-(-batch.shape[2]//s), -(-batch.shape[3]//s)) for s in strides]
-    cut = lambda x, c: [m.transpose(1,2).reshape(len(images), c, *s) for m,s in zip(x.split([h*w for h,w in sizes], 1), sizes)]
+    cut = (lambda x,
+           c: [m.transpose(1,2).reshape(len(images), c, *s) for m,s in zip(x.split([h*w for h,w in sizes], 1), sizes)])
     obj = real['obj'][...,None] if 'obj' in real else None
-    return Predictions.from_maps(cut(real['cls'], real['cls'].shape[2]), cut(real['distances'], 4), None if obj is None else cut(obj, 1),
+    return Predictions.from_maps(cut(real['cls'], real['cls'].shape[2]), cut(real['distances'], 4),
+                                 None if obj is None else cut(obj, 1),
                                  strides, model.method.head.offset, real.get('property'), real.get('pooled'))
 
 # %% ../nbs/17b_snapshots.ipynb #c016b
@@ -154,7 +158,8 @@ def things()->dict: # words -> (number of the image, number of the object)
     "The objects of the eight images, in words for a menu."
     _, targets, classes = shown()
     return {f'image {i+1}, object {k+1}: {classes[l]}, {x2-x1:.0f} × {y2-y1:.0f} px': (i, k)
-            for i,t in enumerate(targets) for k,(l,(x1,y1,x2,y2)) in enumerate(zip(t['labels'].tolist(), t['boxes'].tolist()))}
+            for i,t in enumerate(targets)
+            for k,(l,(x1,y1,x2,y2)) in enumerate(zip(t['labels'].tolist(), t['boxes'].tolist()))}
 
 def moments(
     name:str, # as in `load`

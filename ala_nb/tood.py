@@ -77,7 +77,8 @@ def best_pairs(
     objects, n, xy = objects.to(preds.points), preds.n_locations, preds.points.t()[:,None]
     k, step, chosen = min(k, n), max(size//n, 1), []
     if map_logits is None: map_logits = [None]*preds.n_images
-    for i,(boxes,labels) in enumerate(zip(*(x.split(objects.counts.tolist()) for x in (objects.boxes, objects.labels)))):
+    for i,(boxes,
+           labels) in enumerate(zip(*(x.split(objects.counts.tolist()) for x in (objects.boxes, objects.labels)))):
         for b,l in zip(boxes.split(step), labels.split(step)):
             box = b.t()[...,None]                                                    # (4, g, 1)
             target = torch.cat([xy-box[:2], box[2:]-xy]).movedim(0,-1)               # (g, P, 4)
@@ -122,7 +123,8 @@ def dense_aligned(
 
 # %% ../nbs/27_tood.ipynb #c023
 class Decomposition(nn.Module):
-    "Features of one task out of those of both: layers weighed by attention, mixed by a 1x1 convolution (TOOD, Eqs. 2-4)."
+    """Features of one task out of those of both: layers weighed by attention, mixed by a 1x1 convolution (TOOD, Eqs.
+    2-4)."""
     def __init__(self, channels:int, layers:int):
         super().__init__()
         wide, narrow = channels*layers, max(channels//8, 1)
@@ -135,7 +137,8 @@ class Decomposition(nn.Module):
     )->Tensor: # (B, C, H, W)
         weigh = self.attention(mean).sigmoid().flatten(1)                      # (B, layers)
         mix = self.mix.weight.view(1, len(self.mix.weight), weigh.shape[1], -1)
-        kernel = (weigh[:,None,:,None]*mix).flatten(2)                         # weighing the kernel, not the maps, saves memory
+        # weighing the kernel, not the maps, saves memory
+        kernel = (weigh[:,None,:,None]*mix).flatten(2)
         return torch.relu(self.norm(torch.bmm(kernel, both.flatten(2)).unflatten(2, both.shape[2:])))
 
 def tower_layers(plan:Plan)->int:
@@ -144,7 +147,8 @@ def tower_layers(plan:Plan)->int:
 
 def joint(at:Level, slot:str)->Tensor: # (B, layers · C, H, W)
     "A level's features of both tasks; `InputError` if its tower makes none."
-    if at.both is None: raise InputError(f"{slot}: 'tood' reads the features of both tasks, which this tower does not make; "
+    if at.both is None:
+        raise InputError(f"{slot}: 'tood' reads the features of both tasks, which this tower does not make; "
                                          "give tower='tood' as well")
     return at.both
 
@@ -171,7 +175,8 @@ class AlignmentMap(Part):
     def __init__(self, plan:Plan, prior:float=.01): # first value of the map, 0 ... 1
         super().__init__(plan); c = plan.channels; self.prior = in_range('prior', prior, 1e-6, 1-1e-6)
         narrow = max(c//4, 1); wide = c*tower_layers(plan)
-        self.third = nn.Sequential(nn.Conv2d(wide, narrow, 1), nn.ReLU(inplace=True), nn.Conv2d(narrow, 1, 3, padding=1))
+        self.third = nn.Sequential(nn.Conv2d(wide, narrow, 1), nn.ReLU(inplace=True),
+                                   nn.Conv2d(narrow, 1, 3, padding=1))
     def start(self): nn.init.constant_(self.third[2].bias, prior_bias(self.prior))
     def level(self, at): at.third = self.third(joint(at, 'third_part'))
 
@@ -193,14 +198,17 @@ def read_sides(
     shift:Tensor,     # (B, 8, H, W) cells: y and x displacement for each side
     stride:float,     # px
     offset:float=0.,  # of the locations, strides
-    outside:str='zero', # what is read beyond the map: 'zero' the image's corner, as released, or 'own' the location's own side
+    # what is read beyond the map: 'zero' the image's corner, as released, or 'own' the location's own side
+    outside:str='zero',
 )->Tensor: # (B, 4, H, W) px; one is negative where the location lies outside its box
-    "Distances to the sides that shifted locations see (TOOD, Eq. 6); the coarse ones where the sides would pass each other."
+    """Distances to the sides that shifted locations see (TOOD, Eq. 6); the coarse ones where the sides would pass each
+    other."""
     h,w = distances.shape[2:]; kind = dict(device=distances.device, dtype=distances.dtype)
     i, j = torch.arange(w, **kind).expand(h,w), torch.arange(h, **kind)[:,None].expand(h,w)
     here = torch.stack([i,j,i,j]) + offset
     sign = torch.tensor([-1.,-1.,1.,1.], **kind).view(4,1,1)                      # outwards
-    side = here + sign*distances/stride                                            # coordinates, in strides of the level
+    # coordinates, in strides of the level
+    side = here + sign*distances/stride
     x, y = i + shift[:,1::2], j + shift[:,0::2]
     read = sample_planes(side, x, y, 'zeros')
     if outside == 'own': read = read + (1-sample_planes(torch.ones_like(side), x, y, 'zeros'))*side
@@ -212,7 +220,8 @@ class AlignedSides(Part):
     def __init__(self, plan:Plan, outside:str='zero'): # or 'own', see `read_sides`
         super().__init__(plan); c = plan.channels
         self.outside, narrow, wide = choice('outside', outside, ('zero','own')), max(c//4, 1), c*tower_layers(plan)
-        self.offsets = nn.Sequential(nn.Conv2d(wide, narrow, 1), nn.ReLU(inplace=True), nn.Conv2d(narrow, 8, 3, padding=1))
+        self.offsets = nn.Sequential(nn.Conv2d(wide, narrow, 1), nn.ReLU(inplace=True),
+                                     nn.Conv2d(narrow, 8, 3, padding=1))
     def start(self):
         for m in self.offsets[::2]: nn.init.normal_(m.weight, std=.001)
     def level(self, at):
@@ -235,7 +244,8 @@ class TOOD(Method):
         gamma:float=2.,      # γ of both class losses
     ):
         for name,value,high in (('k',k,1e6), ('anchor_scale',anchor_scale,1e3)): in_range(name, value, 1e-3, high)
-        for name,value,high in (('alpha',alpha,100), ('beta',beta,100), ('warmup',warmup,1), ('box_weight',box_weight,1e3),
+        for name,value,high in (('alpha',alpha,100), ('beta',beta,100), ('warmup',warmup,1),
+                                ('box_weight',box_weight,1e3),
                                 ('focal_alpha',focal_alpha,1), ('gamma',gamma,10)): in_range(name, value, 0, high)
         own = dict(TASK_HEAD, third='quality') if task_head else dict(box_bias=math.log(anchor_scale/2))
         super().__init__(num_classes, HeadSpec(offset=0., cls_prior=.01, **own))
@@ -280,11 +290,13 @@ def explain(self:TOOD, pairs, s, iou, early):
     "Factors, formulas and constants behind the weights."
     inside, margin = pairs.targets.amin(-1), dict(margin=MARGIN)
     if early:
-        factors = dict(inside=inside, anchor_iou=anchor_iou(pairs, self.anchor_scale), centerness=centerness(pairs.targets))
+        factors = dict(inside=inside, anchor_iou=anchor_iou(pairs, self.anchor_scale),
+                       centerness=centerness(pairs.targets))
         chosen = 'wins(where((anchor_iou >= threshold) & (inside > margin), anchor_iou, -inf))'
         return factors, dict(threshold='mean(anchor_iou) + std(anchor_iou, 1)', pos=chosen, neg='1 - pos', target='pos',
                              quality='centerness*pos'), margin
-    formula = dict(alignment='score**alpha*iou**beta', pos='wins(where((alignment > 0) & (inside > margin), iou, -inf))',
+    formula = dict(alignment='score**alpha*iou**beta',
+                   pos='wins(where((alignment > 0) & (inside > margin), iou, -inf))',
                    neg='1 - pos', target='pos*alignment/(best(pos*alignment) + 1e-7)*best(pos*iou)', quality='target')
     return dict(score=s, iou=iou, inside=inside), formula, margin | dict(alpha=float(self.alpha), beta=float(self.beta))
 

@@ -262,7 +262,8 @@ def as_options(value):
 
 # %% ../nbs/16_train.ipynb #c011
 # What papers give in pixels for images of 800 px, fitted to the three levels and the 10 - 96 px objects of `shapes`.
-SHAPES_METHODS = dict(fcos=dict(ranges=(24,48)), condinst=dict(ranges=(24,48)), atss=dict(anchor_scale=4.), ciou_atss=dict(anchor_scale=4.),
+SHAPES_METHODS = dict(fcos=dict(ranges=(24,48)), condinst=dict(ranges=(24,48)), atss=dict(anchor_scale=4.),
+                      ciou_atss=dict(anchor_scale=4.),
                       hybrid=dict(many_options=dict(ranges=(24,48))), # of its FCOS
                       gfl=dict(anchor_scale=4.), gflv2=dict(anchor_scale=4.), vfnet=dict(anchor_scale=4., reach=3.),
                       ala=dict(blur_radius=0))     # a blur of 3 cells for 800 px is half a cell for 128
@@ -520,7 +521,8 @@ def new_folder(c:Config, taken=()) -> Path:
         if is_run(path):
             raise InputError(f'{path} already holds a run: go on with --resume {path}, or choose another --out')
     else:
-        name = f"{'+'.join(p.resolve().name for p in roots(c.data))}-{c.method.split(':')[-1]}"    # a colon does not stand in every file name
+        # a colon does not stand in every file name
+        name = f"{'+'.join(p.resolve().name for p in roots(c.data))}-{c.method.split(':')[-1]}"
         path = next(p for i in itertools.count(1)
                     if not is_run(p := Path('runs')/(name if i == 1 else f'{name}-{i}')) and p not in taken)
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -958,7 +960,8 @@ def write_row(run:Run, metrics:dict) -> None:
     measured = {k: metrics[k] if metrics.get(k, -1) >= 0 else '' for k in columns}  # -1: there was no such object
     if is_main():
         row = dict(step=run.step, epoch=run.epoch, lr=run.lr, loss=sum(losses.values()), **means, **measured,
-                   images_per_s=run.images/(run.busy or math.inf), data_s=run.waiting/run.sums['n'], seconds=run.seconds)
+                   images_per_s=run.images/(run.busy or math.inf), data_s=run.waiting/run.sums['n'],
+                   seconds=run.seconds)
         run.table.append(row)
         for k,v in row.items():
             if run.board is not None and k != 'step' and v != '': run.board.add_scalar(k, v, run.step)
@@ -1062,7 +1065,8 @@ def save_pictures(run:Run) -> None:
         out, preds = model.assign(images, targets, progress=1.)
     name = 'pos' if 'pos' in out.weights else next(iter(out.weights))
     with drawing(ds.classes) as names:                               # in a font that has their letters
-        figures = dict(curves=show.curves(run.table.path), assignment=show.show_assignment(out, preds, images, name=name),
+        figures = dict(curves=show.curves(run.table.path),
+                       assignment=show.show_assignment(out, preds, images, name=name),
                        predictions=show.prediction_grid([i for i,_ in some], [t for _,t in some], found, names))
     for name,figure in figures.items(): write_atomic(run.path/f'{name}.png', lambda p: figure.savefig(p, format='png'))
 

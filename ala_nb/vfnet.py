@@ -82,7 +82,8 @@ class VFNet(Method):
         in_range('alpha', alpha, 0, 100); in_range('gamma', gamma, 0, 10)
         in_range('coarse_weight', coarse_weight, 0, 1e3); in_range('box_weight', box_weight, 0, 1e3)
         super().__init__(num_classes, HeadSpec(offset=0., cls_prior=.01, box_convs=1, refine='star',
-            reads=(('coarse',4),), box_unit=in_range('reach', reach, .01, 1000), options=dict(refine=dict(slope=slope))))
+            reads=(('coarse',4),), box_unit=in_range('reach', reach, .01, 1000),
+            options=dict(refine=dict(slope=slope))))
         self.anchor_weight = check_weight('anchor_weight', anchor_weight)
         self.pred_weight = check_weight('pred_weight', pred_weight)
         if anchor_weight == pred_weight == 0:

@@ -1,5 +1,5 @@
 "The project holds together: notebooks, modules, README and package say the same thing."
-import ast, importlib.util, json, os, re, shutil, subprocess, sys, zipfile
+import ast, importlib.util, io, json, os, re, shutil, subprocess, sys, tokenize, zipfile
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -148,6 +148,15 @@ def test_exported_cells_are_short(path):
         kinds = {isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(src).body
                  if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))}
         assert kinds != {True, False}, f'imports and code in one cell:\n{src[:200]}'
+
+@pytest.mark.parametrize('path', EXPORTING, ids=lambda p: p.stem)
+def test_exported_lines_are_short(path):
+    "At most 120 characters, but for what stands inside of a text of several lines."
+    for src, _ in code_cells(path):
+        if not is_export(src): continue
+        texts = {r for t in tokenize.generate_tokens(io.StringIO(src).readline) if t.type == tokenize.STRING
+                 for r in range(t.start[0], t.end[0]+1) if t.start[0] != t.end[0]}
+        assert not [l for r,l in enumerate(src.split('\n'), 1) if len(l) > 120 and r not in texts]
 
 def unasked_sliders(source):
     "Arguments of interact's functions that are not given there: ipywidgets makes sliders of numbers, and takes a tuple for a slider's limits."
