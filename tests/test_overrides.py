@@ -16,6 +16,7 @@ BUILD = dict(fcos=('fcos', {}), ciou_atss=('ciou_atss', {}), autoassign=('autoas
              gfl=('gflv2', dict(pred_weight=1.)), vfnet=('vfnet', dict(pred_weight=1.)), tood=('tood', dict(warmup=0.)), retina=('retina', dict(anchor_scale=4.)))
 BUILD |= {
     'ciou_atss.weight_at': ('ciou_atss', dict(pred_weight='rising')),
+    **{f'ciou_atss.{n}': ('atss', dict(ignore_padding=True)) for n in ('own_part', 'padding_cost')},
     'o2f.match_one_to_one': ('poto', {}), 'o2f.POTO': ('poto', dict(aux='atss')), 'o2f.auxiliary_rule': ('poto', dict(aux='fcos')),
     'defcn.quality_topk': ('poto', dict(aux='topk')), 'defcn.near_center': ('poto', dict(aux='fcos')), 'defcn.anchor_atss': ('poto', dict(aux='anchor_atss')),
     'defcn.HybridEpoch': ('hybrid', {}), 'ciou_atss.ATSS': ('atss', {}), 'gfl.GFL': ('gfl', dict(pred_weight=1.)),
@@ -51,6 +52,7 @@ def batch(dtype, seed=0):
     maps = [x.to(dtype) for x in maps]
     preds = Predictions.from_maps([x-1 for x in r(K)], maps, r(1), STRIDES, extras=made_up(maps, STRIDES, (('bins', 68), ('coarse', 4))),
         property_logits=torch.randn(2, 2, *sizes[0], generator=g).to(dtype), pooled=torch.randn(2, 3, 16, generator=g).to(dtype))
+    preds.image_sizes = [(96, 128), (96, 64)]                                      # the second is padded on its right
     targets = [dict(boxes=boxes[image == i].to(dtype), labels=labels[image == i]) for i in (0, 1)]
     return preds, Objects.from_targets(targets)
 
