@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EPSILON', 'CLS_LOSSES', 'RULE', 'predicted_iou', 'anchor_iou', 'adaptive_threshold', 'assign_adaptive', 'giou_loss',
-           'class_loss', 'own_part', 'padding_cost', 'ATSS', 'weight_at', 'check_weight', 'CombinedIoU']
+           'class_loss', 'own_part', 'padding_cost', 'ATSS', 'weight_at', 'check_weight', 'weighted_overlaps',
+           'overlap_formula', 'CombinedIoU']
 
 # %% ../nbs/07_ciou_atss.ipynb #c002
 import math
@@ -211,6 +212,28 @@ def check_weight(field:str, weight):
     if isinstance(weight, str): return choice(field, weight, ('rising','falling'))
     return in_range(field, weight, 0, 1e3, "'rising', 'falling' or a number")
 
+# %% ../nbs/07_ciou_atss.ipynb #c034p
+def weighted_overlaps(
+    method:Method, # with `anchor_weight` and `pred_weight`
+    anchor:Tensor, # (E,) IoU of the location's anchor with the object
+    pred:Tensor,   # (E,) IoU of the predicted box with the object, no gradient
+    progress:float,# share of training done, 0 ... 1
+)->list: # of (E,)
+    "The kinds of overlap that decide (Combined IoUs, Fig. 1 and Table III); one of weight 0 is left out."
+    kinds = (method.anchor_weight, anchor), (method.pred_weight, pred)
+    return [weight_at(w, progress)*x for w,x in kinds if w != 0]
+
+def overlap_formula(
+    method:Method, # as above
+    progress:float,
+)->tuple: # formulas of `overlap`, `threshold` and `pos`; the weights by name
+    "What `weighted_overlaps` and `assign_adaptive` compute, as formulas."
+    weights = {k: weight_at(getattr(method, k), progress) for k in ('anchor_weight','pred_weight')}
+    kinds = dict(anchor_weight='anchor_iou', pred_weight='iou')
+    parts = [f'{k}*{x}' for k,x in kinds.items() if getattr(method, k) != 0]
+    threshold = ' + '.join(f'mean({x}) + std({x}, 1)' for x in parts)
+    return dict(overlap=' + '.join(parts), threshold=threshold, **RULE), weights
+
 # %% ../nbs/07_ciou_atss.ipynb #c037
 class CombinedIoU(ATSS):
     "Dynamic ATSS: anchor IoU + predicted IoU against the sum of their thresholds; soft class targets; IoU branch."
@@ -241,7 +264,7 @@ class CombinedIoU(ATSS):
         "Positives (E,) bool, class target, box weight and combined overlap, each (E,); no gradient."
         anchor = anchor_iou(pairs, self.anchor_scale, self.legacy)
         pred = predicted_iou(distances, pairs.targets, self.legacy)
-        ious = [weight_at(self.anchor_weight, progress)*anchor, weight_at(self.pred_weight, progress)*pred]
+        ious = weighted_overlaps(self, anchor, pred, progress)
         target = torch.ones_like(pred) if self.cls_loss=='focal' else pred
         quality = centerness(pairs.targets) if self.head.third=='centerness' else pred
         return assign_adaptive(pairs, ious), target, quality, sum(ious)
@@ -257,9 +280,7 @@ def explain(self:CombinedIoU, pairs, distances, progress):
     "Factors, formulas and constants behind the weights."
     factors, _, constants = super(CombinedIoU, self).explain(pairs, distances, progress)
     factors['iou'] = predicted_iou(distances, pairs.targets, self.legacy)
-    weights = {k: weight_at(getattr(self, k), progress) for k in ('anchor_weight','pred_weight')}
-    a, p = 'anchor_weight*anchor_iou', 'pred_weight*iou'
-    formula = dict(overlap=f'{a} + {p}', threshold=f'mean({a}) + std({a}, 1) + mean({p}) + std({p}, 1)', **RULE,
-                   target='pos' if self.cls_loss=='focal' else 'iou*pos',
+    formula, weights = overlap_formula(self, progress)
+    formula.update(target='pos' if self.cls_loss=='focal' else 'iou*pos',
                    quality='centerness*pos' if self.head.third=='centerness' else 'iou*pos')
     return factors, formula, dict(constants, **weights)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CAFFE', 'BY_CLASS', 'ANCHORS', 'FORMS', 'CAFFE_FORMS', 'BLOCKS', 'GROUPED', 'LOGS', 'guess_form', 'which_resnet',
-           'which_swin', 'detector_options', 'Inert', 'read_checkpoint', 'class_names', 'convert_state', 'convert',
-           'main']
+           'which_swin', 'backbone_options', 'pyramid_options', 'detector_options', 'Inert', 'read_checkpoint',
+           'class_names', 'convert_state', 'convert', 'main']
 
 # %% ../nbs/22_convert.ipynb #v002
 import contextlib, json, re, sys
@@ -101,6 +101,35 @@ def which_swin(
                                       "its third stage, which is none of ours (swin_t, swin_s, swin_b)")
     return name
 
+# %% ../nbs/22_convert.ipynb #v021x
+def backbone_options(
+    state:dict, # name -> tensor, our names
+    form:str,   # a name of FORMS
+    style:str=None, # 'pytorch' or 'caffe'; None: by the weights, or as the form was published
+)->dict: # options of `Detector`
+    "The backbone that these weights belong to."
+    if 'body.features.0.0.weight' in state: return dict(backbone=which_swin(state), backbone_options={}, norm='own')
+    name, deformable = which_resnet(state)
+    if style is None:
+        folded = folded_statistics({k: v for k,v in state.items() if k.startswith('body.')})
+        caffe = folded and 'body.layer1.0.conv3.weight' in state or form in CAFFE_FORMS and 'resnext' not in name
+        style = 'caffe' if caffe else 'pytorch'
+    options = dict(style=style, deformable=list(deformable)) if deformable else dict(style=style)
+    norm = 'frozen' if style == 'caffe' or form == 'torchvision' else 'eval'
+    return dict(backbone=name, backbone_options=options, norm=norm) | (CAFFE if style == 'caffe' else {})
+
+def pyramid_options(
+    state:dict, # name -> tensor, our names
+)->dict: # options of `Detector`
+    "Channels, strides and where the levels beyond stride 32 start."
+    levels = len({k.split('.')[3] for k in state if 'inner_blocks' in k})
+    extra = len({k.split('.')[4] for k in state if 'extra_blocks' in k})
+    channels = state['head.cls.weight'].shape[1]
+    c5 = state['pyramid.fpn.extra_blocks.convs.0.weight'].shape[1] != channels
+    return dict(channels=channels, p6_from='c5' if c5 else 'p5',
+                strides=[32//2**(levels-1)*2**i for i in range(levels+extra)])
+
+# %% ../nbs/22_convert.ipynb #v021y
 def detector_options(
     state:dict, # name -> tensor, our names
     form:str,   # a name of FORMS
@@ -108,32 +137,15 @@ def detector_options(
 )->dict: # options of `Detector`
     "The detector that these weights belong to."
     o = json.loads(json.dumps(FORMS[choice('--form', form, tuple(FORMS))]))
-    swin = 'body.features.0.0.weight' in state
-    o['backbone'], deformable = (which_swin(state), ()) if swin else which_resnet(state)
-    if style is None or swin:
-        bottleneck, grouped = 'body.layer1.0.conv3.weight' in state, 'resnext' in o['backbone']
-        folded = folded_statistics({k: v for k,v in state.items() if k.startswith('body.')})
-        caffe = folded and bottleneck or form in CAFFE_FORMS and not grouped and not swin
-        style = 'caffe' if caffe else 'pytorch'
-    if style == 'caffe': o.update(CAFFE)
-    o['backbone_options'] = {} if swin else dict(style=style,
-                                                 deformable=list(deformable)) if deformable else dict(style=style)
-    o['norm'] = 'own' if swin else 'frozen' if style == 'caffe' or form == 'torchvision' else 'eval'
+    o.update(backbone_options(state, form, style))
     tower = r'head\.inter\.\d+\.0\.weight' if form == 'tood' else r'head\.box_tower\.\d+\.weight'
     first = tower.replace(r'\d+', '0').replace('\\', '')
-    need = ('head.cls.weight', first, 'pyramid.fpn.inner_blocks.0.0.weight',
-            'pyramid.fpn.extra_blocks.convs.0.weight')
-    for k in need:
+    for k in ('head.cls.weight', first, 'pyramid.fpn.inner_blocks.0.0.weight', 'pyramid.fpn.extra_blocks.convs.0.weight'):
         if k not in state:
             raise InputError(f"the weights hold no {k} (our name); is this a whole detector with a pyramid?")
-    # all of them were trained with the stem and the next stage frozen
-    o['trainable_layers'] = 3
-    o['num_classes'], o['channels'] = state['head.cls.weight'].shape[:2]
+    o.update(pyramid_options(state), num_classes=state['head.cls.weight'].shape[0],
+             trainable_layers=3)                           # all were trained with the stem and the next stage frozen
     o['head_convs'] = sum(bool(re.fullmatch(tower, k)) and v.ndim == 4 for k,v in state.items())
-    maps, extra = (len({k.split('.')[3] for k in state if part in k}) for part in ('inner_blocks','layer_blocks'))
-    extra = len({k.split('.')[4] for k in state if 'extra_blocks' in k})
-    o['strides'] = [32//2**(maps-1)*2**i for i in range(maps+extra)]
-    o['p6_from'] = 'c5' if state['pyramid.fpn.extra_blocks.convs.0.weight'].shape[1] != o['channels'] else 'p5'
     head = o.setdefault('head_options', {})
     head['tower_bias'] = first.replace('weight', 'bias').replace('box', 'cls') in state
     if form == 'tood': head['options'] = dict(tower=dict(layers=o['head_convs']))

@@ -911,7 +911,10 @@ NAMES = dict(
            (r'mask_head\.mask_feature_head\.conv_branch\.(\d)\.(conv|bn)\.',
             lambda m: f"head.mask_tower.{m[1]}.{int(m[2] == 'bn')}."),
            (r'bbox_head\.scales\.(\d)\.scale$', r'head.scales.\1'), (r'bbox_head\.center_prior\.mean$', 'method.mu'),
-           (r'bbox_head\.center_prior\.sigma$', 'method.sigma')],
+           (r'bbox_head\.center_prior\.sigma$', 'method.sigma')])
+
+# %% ../nbs/05_detector.ipynb #c058ax
+NAMES |= dict(
     torchvision=[(r'backbone\.body\.', 'body.'),
                  (r'backbone\.fpn\.extra_blocks\.p6\.', 'pyramid.fpn.extra_blocks.convs.0.'),
                  (r'backbone\.fpn\.extra_blocks\.p7\.', 'pyramid.fpn.extra_blocks.convs.1.'),
@@ -1140,13 +1143,13 @@ def options_dict(name:str, options)->dict:
 
 def named(options)->dict:
     "Options of a method as a dict of its own, or `InputError`."
-    if not isinstance(options or {}, dict):
-        raise InputError(f"method_options: {options!r}; give a dict of the method's options by name")
+    options = options_dict('method_options', options)
     for o in ('name','num_classes'):
-        if o in (options or {}):
+        if o in options:
             raise InputError(f"method_options: {o!r} is none of them; the detector has `method` and `num_classes`")
-    return dict(options or {})
+    return options
 
+# %% ../nbs/05_detector.ipynb #c065x
 WHOLE = dict(num_classes=(1,), channels=(1,), head_convs=(0,), trainable_layers=(0,5), topk=(1,), max_detections=(1,),
              pad_to=(1,)) # range
 
@@ -1292,33 +1295,36 @@ class Detector(nn.Module):
     num_classes = property(lambda self: self._config['num_classes'])
     strides = property(lambda self: tuple(self._config['strides']))
 
-    @property
-    def config(self)->dict:
-        "Everything that makes this detector anew, fit for JSON: `Detector(**config)`."
-        c = dict(self._config)
-        if not isinstance(c['method'], str): c.update(method_config(self.method))
-        if not isinstance(c['backbone'], str): c.update(backbone_config(self.body))
-        # a copy, tuples as lists: what a file gives back
-        return json.loads(json.dumps(c))
+# %% ../nbs/05_detector.ipynb #c070x
+@patch(as_prop=True)
+def config(self:Detector)->dict:
+    "Everything that makes this detector anew, fit for JSON: `Detector(**config)`."
+    c = dict(self._config)
+    if not isinstance(c['method'], str): c.update(method_config(self.method))
+    if not isinstance(c['backbone'], str): c.update(backbone_config(self.body))
+    # a copy, tuples as lists: what a file gives back
+    return json.loads(json.dumps(c))
 
-    def predict_maps(self,
-        images:Sequence[Tensor], # (3, H, W) each, 0 ... 1
-    ): # Predictions of one batch, sizes [(H, W), ...] of the given images
-        "The network alone."
-        batch, sizes = batch_images(images, self.mean, self.std, self._config['pad_to'], self._config['channels_last'])
-        if self._config['bgr']: batch = batch.flip(1)
-        preds = self.head(self.pyramid(self.body(batch))); preds.image_sizes = sizes
-        return preds, sizes
+@patch
+def predict_maps(self:Detector,
+    images:Sequence[Tensor], # (3, H, W) each, 0 ... 1
+): # Predictions of one batch, sizes [(H, W), ...] of the given images
+    "The network alone."
+    batch, sizes = batch_images(images, self.mean, self.std, self._config['pad_to'], self._config['channels_last'])
+    if self._config['bgr']: batch = batch.flip(1)
+    preds = self.head(self.pyramid(self.body(batch))); preds.image_sizes = sizes
+    return preds, sizes
 
-    def forward(self,
-        images:Sequence[Tensor],      # (3, H, W) each, 0 ... 1
-        targets:Sequence[dict]=None,  # training: 'boxes' (G, 4) xyxy px, 'labels' (G,) 0 ... K-1
-        progress:float=0.,            # training: share of it done, 0 ... 1
-        nms:bool=None,                # evaluation: remove duplicates? None: as configured
-    ): # training: dict of losses; evaluation: list of dicts
-        if not self.training: return self.detect(images, nms)
-        if targets is None: raise InputError("targets: missing; training needs them, for detections call .eval() first")
-        return self.assign(images, targets, progress)[0].losses
+@patch
+def forward(self:Detector,
+    images:Sequence[Tensor],      # (3, H, W) each, 0 ... 1
+    targets:Sequence[dict]=None,  # training: 'boxes' (G, 4) xyxy px, 'labels' (G,) 0 ... K-1
+    progress:float=0.,            # training: share of it done, 0 ... 1
+    nms:bool=None,                # evaluation: remove duplicates? None: as configured
+): # training: dict of losses; evaluation: list of dicts
+    if not self.training: return self.detect(images, nms)
+    if targets is None: raise InputError("targets: missing; training needs them, for detections call .eval() first")
+    return self.assign(images, targets, progress)[0].losses
 
 # %% ../nbs/05_detector.ipynb #c072
 @patch
@@ -1475,6 +1481,7 @@ def check_header(
             raise InputError(f"{file}: was trained with {k} {str(v)[:60]}, the configuration says "
                              f"{str(config[k])[:60]}; put it back")
 
+# %% ../nbs/05_detector.ipynb #c085x
 def load_detector(
     run_or_config,     # a run's folder, a config.json, a .safetensors file, or a configuration (dict)
     checkpoint='best', # 'best', 'last' or the path of a .safetensors file

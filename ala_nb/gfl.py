@@ -16,8 +16,8 @@ from .pairs import Predictions, Pairs, nearest_pairs
 from .losses import ClassTable, focal_negative, log_joint, log_not_joint, scores, normalizer
 from .methods import Method, HeadSpec, Assignment, in_range
 from .detector import Level, Numbers, Part, Plan, precise
-from .ciou_atss import (EPSILON, RULE, anchor_iou, assign_adaptive, check_weight, giou_loss, predicted_iou,
-                              weight_at)
+from .ciou_atss import (EPSILON, anchor_iou, assign_adaptive, check_weight, giou_loss, overlap_formula,
+                              predicted_iou, weight_at, weighted_overlaps)
 from .dense import anchors_iou, dense_atss_positives, dense_images
 
 # %% ../nbs/25_gfl.ipynb #g005
@@ -113,12 +113,6 @@ class GFL(Method):
 
 # %% ../nbs/25_gfl.ipynb #g025
 @patch
-def overlaps(self:GFL, pairs, iou, progress):
-    "Kinds of overlap (E,) that decide, weighted: of the anchor, and (Combined IoUs) of the predicted box."
-    kinds = ((self.anchor_weight, anchor_iou(pairs, self.anchor_scale)), (self.pred_weight, iou))
-    return [weight_at(w, progress)*x for w,x in kinds if w != 0]
-
-@patch
 def divisors(self:GFL, pairs, pos, strength):
     "Divisor of the class loss (every image counts at least one positive) and of the box losses."
     per_image = pos.new_zeros(pairs.objects.n_images).index_add_(0, pairs.image, pos)
@@ -131,7 +125,7 @@ def assign(self:GFL, preds, objects, progress):
     dist, targets = pairs.distances(preds)/stride, pairs.targets/stride
     with torch.no_grad():
         iou = predicted_iou(dist, targets)
-        overlaps = self.overlaps(pairs, iou, progress)
+        overlaps = weighted_overlaps(self, anchor_iou(pairs, self.anchor_scale), iou, progress)
         pos = assign_adaptive(pairs, overlaps).to(dist)
         strength = pos*best_scores(preds, pairs, preds.obj_logits if joint else None)
     n, n_box = self.divisors(pairs, pos, strength)
@@ -151,12 +145,8 @@ def explain(self:GFL, preds, pairs, dist, progress):
     factors = dict(anchor_iou=anchor_iou(pairs, self.anchor_scale), inside=pairs.targets.amin(-1),
                    iou=predicted_iou(dist, pairs.targets/pairs.stride[:,None]),
                    best_score=best_scores(preds, pairs, joint))
-    w = {k: weight_at(getattr(self, k), progress) for k in ('anchor_weight','pred_weight')}
-    kinds = dict(anchor_weight='anchor_iou', pred_weight='iou')
-    parts = [f'{k}*{x}' for k,x in kinds.items() if getattr(self, k) != 0]
-    threshold = ' + '.join(f'mean({x}) + std({x}, 1)' for x in parts)
-    formula = dict(overlap=' + '.join(parts), threshold=threshold, **RULE,
-                   target='iou*pos', quality='best_score*pos')
+    formula, w = overlap_formula(self, progress)
+    formula.update(target='iou*pos', quality='best_score*pos')
     return factors, formula, dict(margin=.01, **w)
 
 # %% ../nbs/25_gfl.ipynb #g029

@@ -16,8 +16,8 @@ from .pairs import nearest_pairs
 from .losses import ClassTable, focal_negative, varifocal_positive, normalizer
 from .methods import Method, HeadSpec, Assignment, in_range
 from .detector import EXP_MAX, Level, Part, Plan, full, precise
-from .ciou_atss import (EPSILON, RULE, anchor_iou, assign_adaptive, check_weight, giou_loss, predicted_iou,
-                              weight_at)
+from .ciou_atss import (EPSILON, anchor_iou, assign_adaptive, check_weight, giou_loss, overlap_formula,
+                              predicted_iou, weight_at, weighted_overlaps)
 from .dense import anchors_iou, dense_atss_positives, dense_images
 
 # %% ../nbs/26_vfnet.ipynb #v005
@@ -102,18 +102,13 @@ def quality_box_loss(
     return (iou*giou_loss(distances, targets, True)).sum()/n, iou
 
 @patch
-def overlaps(self:VFNet, pairs, iou, progress):
-    "Kinds of overlap (E,) that decide, weighted: of the anchor, and (Combined IoUs) of the corrected box."
-    kinds = ((self.anchor_weight, anchor_iou(pairs, self.anchor_scale)), (self.pred_weight, iou))
-    return [weight_at(w, progress)*x for w,x in kinds if w != 0]
-
-@patch
 def assign(self:VFNet, preds, objects, progress):
     pairs = nearest_pairs(preds, objects, self.k)
     table, dist = ClassTable(preds, pairs), pairs.distances(preds)
     coarse = pairs.gather(preds.extras['coarse'].transpose(1, 2)).t()
     with torch.no_grad():
-        overlaps = self.overlaps(pairs, predicted_iou(dist, pairs.targets), progress)
+        iou_now = predicted_iou(dist, pairs.targets)
+        overlaps = weighted_overlaps(self, anchor_iou(pairs, self.anchor_scale), iou_now, progress)
         pos = assign_adaptive(pairs, overlaps).to(dist)
     n = normalizer(pos.sum()) + EPSILON
     first, iou_coarse = quality_box_loss(coarse, pairs.targets, pos)
@@ -130,12 +125,8 @@ def explain(self:VFNet, pairs, coarse, dist, progress):
     "Factors, formulas and constants behind the weights."
     factors = dict(anchor_iou=anchor_iou(pairs, self.anchor_scale), inside=pairs.targets.amin(-1),
                    iou=predicted_iou(dist, pairs.targets), coarse_iou=predicted_iou(coarse, pairs.targets))
-    w = {k: weight_at(getattr(self, k), progress) for k in ('anchor_weight','pred_weight')}
-    kinds = dict(anchor_weight='anchor_iou', pred_weight='iou')
-    parts = [f'{k}*{x}' for k,x in kinds.items() if getattr(self, k) != 0]
-    threshold = ' + '.join(f'mean({x}) + std({x}, 1)' for x in parts)
-    formula = dict(overlap=' + '.join(parts), threshold=threshold, **RULE,
-                   target='max(iou, 1e-6)*pos', quality='target', coarse='max(coarse_iou, 1e-6)*pos')
+    formula, w = overlap_formula(self, progress)
+    formula.update(target='max(iou, 1e-6)*pos', quality='target', coarse='max(coarse_iou, 1e-6)*pos')
     return factors, formula, dict(margin=.01, **w)
 
 # %% ../nbs/26_vfnet.ipynb #v020

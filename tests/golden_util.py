@@ -56,3 +56,12 @@ def compare(file, case, method, progress=0., dtype=torch.float64, names=None, as
         full = g.get(f'grad/{name}')
         if full is not None: np.testing.assert_allclose(a, full, rtol=0, atol=(1e-6 if double else 1e-4)*biggest, err_msg=f'{file} {case} {name}')
     return out
+
+def same_record(found, kept):
+    "What `official.py` recorded of an official detector, and what ours gives, in float64: the labels exactly, the rest to rounding."
+    assert set(found) == set(kept) - {'state'}
+    for k, v in found.items():
+        want = kept[k]
+        assert v.shape == want.shape, k
+        if k.startswith('labels'): assert (v == want).all(), k
+        else: np.testing.assert_allclose(v, want, rtol=1e-8, atol=1e-9*max(1., float(np.abs(want).max(initial=0.))), err_msg=k)

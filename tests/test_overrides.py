@@ -26,7 +26,7 @@ BUILD |= {
     'dw.aligned_target': ('dw', dict(weighting='tood')), 'dw.coupled_weights': ('dw', dict(weighting='gfl')), 'dw.autoassign_weights': ('dw', dict(weighting='autoassign'))}
 # what moves no loss, and why
 EXCEPT = {
-    'fcos.ascending': 'checks an option', 'dw.read_bag': 'checks an option', 'ciou_atss.check_weight': 'checks an option',
+    'fcos.ascending': 'checks an option', 'dw.read_bag': 'checks an option', 'ciou_atss.check_weight': 'checks an option', 'ciou_atss.overlap_formula': 'explains weights',
     'defcn.strongest': 'part of the head', 'defcn.dense_hybrid': 'the reference',
     **dict.fromkeys(('gfl.bin_mean', 'gfl.distribution_statistics', 'vfnet.star_shifts'), 'the head uses it'),
     **dict.fromkeys(('gfl.dense_gfl', 'gfl.dense_gflv2', 'vfnet.dense_vfnet'), 'the reference'),
