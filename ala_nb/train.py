@@ -56,11 +56,13 @@ class DataKnobs:
 @dataclass(frozen=True)
 class DetectorKnobs:
     "The network, the assignment and the detections."
-    method:str          = knob('fcos', 'label assignment: fcos, atss, ciou_atss, autoassign, dw, poto, o2f, ala, or a '
+    method:str          = knob('fcos', 'label assignment: fcos, atss, ciou_atss, autoassign, dw, poto, o2f, hybrid, ala, '
+                                       'gfl, gflv2, vfnet, tood, retina, condinst, condinst_poto, condinst_o2f, or a '
                                        'class of your own, package.module:Class')
     method_options:dict = knob(dict, 'options of the method, key=value (variant=paper K=7)')
     backbone:str        = knob('tiny', 'tiny, resnet18, resnet34, resnet50, resnet101, resnext101_64x4d, '
-                                       'resnext101_32x8d')
+                                       'resnext101_32x8d, swin_t, swin_s, swin_b, convnext_tiny, convnext_small, '
+                                       'convnext_base, timm:NAME, or a class of your own, package.module:Class')
     weights:str         = knob('none', "'none', 'imagenet' or a file of weights to start from")
     detector_options:dict = knob(dict, 'more options of the detector, key=value (channels=128 head_convs=2)')
     score_threshold:float = knob(.05, 'detections below this score are dropped', lo=0, hi=1)

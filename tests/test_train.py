@@ -1,5 +1,5 @@
 "The command `python -m ala_nb.train`: whole runs, bad input, and runs that are killed."
-import csv, dataclasses, json, math, os, random, shutil, signal, subprocess, sys, time
+import csv, dataclasses, json, math, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from hypothesis import given, strategies as st
@@ -515,3 +515,11 @@ def test_bias_rate_is_trained_and_resumed(tmp_path):
     with pytest.raises(KeyboardInterrupt): T.train(T.recipe(**knobs, out=str(tmp_path/'cut')), log=None, on_step=stop)
     cut = T.train(run=T.resume(tmp_path/'cut', log=None), log=None)
     for a, b in zip(whole.model.parameters(), cut.model.parameters()): assert torch.equal(a, b)
+
+def test_help_names_every_method_and_backbone():
+    "The help is written before anything is imported, so the lists stand there as text."
+    from ala_nb.detector import BACKBONES
+    from ala_nb.methods import METHODS
+    help_of = {f.name: f.metadata['help'] for f in dataclasses.fields(T.Config)}
+    named = lambda k: set(re.split(r'[ ,]+', help_of[k]))
+    assert not set(METHODS) - named('method') and not set(BACKBONES) - named('backbone')
