@@ -140,7 +140,8 @@ def detector_options(
     o.update(backbone_options(state, form, style))
     tower = r'head\.inter\.\d+\.0\.weight' if form == 'tood' else r'head\.box_tower\.\d+\.weight'
     first = tower.replace(r'\d+', '0').replace('\\', '')
-    for k in ('head.cls.weight', first, 'pyramid.fpn.inner_blocks.0.0.weight', 'pyramid.fpn.extra_blocks.convs.0.weight'):
+    need = 'head.cls', first.removesuffix('.weight'), 'pyramid.fpn.inner_blocks.0.0', 'pyramid.fpn.extra_blocks.convs.0'
+    for k in (f'{n}.weight' for n in need):
         if k not in state:
             raise InputError(f"the weights hold no {k} (our name); is this a whole detector with a pyramid?")
     o.update(pyramid_options(state), num_classes=state['head.cls.weight'].shape[0],

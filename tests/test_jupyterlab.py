@@ -56,6 +56,9 @@ def opened(page, lab, name):
 def ran(page):
     "Every cell run, without an error."
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')              # without a kernel nothing would be run, and nothing said
+    # nor as long as the notebook is not the one in front: the command would do nothing
+    page.wait_for_function("""jupyterapp.commands.isEnabled('notebook:run-all-cells')
+        && jupyterapp.shell.currentWidget?.context?.sessionContext?.session?.kernel?.status === 'idle'""")
     page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
     assert not page.evaluate("[...document.querySelectorAll('[data-mime-type=\"application/vnd.jupyter.error\"], [data-mime-type=\"application/vnd.jupyter.stderr\"]')].map(x => x.textContent)")
     assert page.evaluate("[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].filter(x => /\\d/.test(x.textContent)).length") > 3
