@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'NETWORK', 'MOMENTS', 'SHOWN', 'FOLDER', 'STEPS', 'shown',
            'Snapshot', 'load', 'blank', 'as_predictions', 'things', 'moments', 'detector']
 
 # %% ../nbs/17b_snapshots.ipynb #c002
-import functools, io, json, zipfile
+import functools, io, json, math, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -157,7 +157,8 @@ def as_predictions(at:dict, images, model)->Predictions:
 def things()->dict: # words -> (number of the image, number of the object)
     "The objects of the eight images, in words for a menu."
     _, targets, classes = shown()
-    return {f'image {i+1}, object {k+1}: {classes[l]}, {x2-x1:.0f} × {y2-y1:.0f} px': (i, k)
+    px = lambda x: math.floor(x+.5)                                  # as the page rounds: 74.5 is 75
+    return {f'image {i+1}, object {k+1}: {classes[l]}, {px(x2-x1)} × {px(y2-y1)} px': (i, k)
             for i,t in enumerate(targets)
             for k,(l,(x1,y1,x2,y2)) in enumerate(zip(t['labels'].tolist(), t['boxes'].tolist()))}
 

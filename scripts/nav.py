@@ -41,7 +41,9 @@ def alone(cfg):
 def finished(nb, text, first):
     "The notebook with both cells, and without outputs of widgets."
     cells = [c for c in nb['cells'] if c.get('id') not in ('nav', 'alone')]
-    for o in (o for c in cells for o in c.get('outputs', [])): o.get('data', {}).pop(WIDGET, None)
+    for c in (c for c in cells if c.get('outputs')):
+        c['outputs'] = [o for o in c['outputs'] if 'turn-still' not in ''.join(o.get('data', {}).get('text/html', ''))]
+        for o in c['outputs']: o.get('data', {}).pop(WIDGET, None)
     nav = dict(cell_type='markdown', id='nav', metadata={}, source=[text])
     setup = dict(cell_type='code', execution_count=None, id='alone', metadata={}, outputs=[], source=first.splitlines(keepends=True))
     return {**nb, 'metadata': {k: v for k,v in nb['metadata'].items() if k != 'widgets'}, 'cells': [cells[0], setup, *cells[1:], nav]}

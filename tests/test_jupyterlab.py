@@ -32,7 +32,7 @@ def lab(tmp_path_factory):
             assert server.poll() is None, (tmp/'log').read_text()
             try: urllib.request.urlopen(f'http://127.0.0.1:{port}/api?token=t', timeout=5); break
             except OSError: time.sleep(.5)
-        yield f'http://127.0.0.1:{port}', folder
+        yield f'http://127.0.0.1:{port}', folder, env
     finally: server.terminate(); server.wait(60)
 
 @pytest.fixture
@@ -46,12 +46,14 @@ def page(lab):
         browser.close()
 
 def opened(page, lab, name):
-    "A notebook, not run: every widget has a still."
+    "A notebook, not run: every widget has a still, and only that is seen."
     page.goto(f'{lab[0]}/lab/tree/{name}.ipynb?token=t&reset'); page.wait_for_selector('.jp-Notebook .jp-CodeCell .jp-OutputArea-output', state='attached')
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')              # a widget is asked for when the kernel is there
     text = page.inner_text('.jp-Notebook'); assert 'interactive(' not in text and 'Error displaying widget' not in text
     cells = json.loads((lab[1]/f'{name}.ipynb').read_text(encoding='utf-8'))['cells']
     for i in (i for i, c in enumerate(cells) if c['cell_type'] == 'code' and ''.join(c['source']).startswith(('turn(', 'Microscope('))):
-        seen = page.locator('.jp-Notebook .jp-Cell').nth(i).locator('.jp-OutputArea-output img'); assert seen.count() == 1 and seen.bounding_box()['width'] > 200, ''.join(cells[i]['source'])
+        seen = page.locator('.jp-Notebook .jp-Cell').nth(i).locator('.jp-OutputArea-output img:visible'); api.expect(seen, ''.join(cells[i]['source'])).to_have_count(1, timeout=PATIENCE)
+        assert seen.bounding_box()['width'] > 200, ''.join(cells[i]['source'])
 
 def ran(page):
     "Every cell run, without an error."
@@ -81,5 +83,7 @@ def test_sliders_move_by_keyboard_and_a_saved_notebook_keeps_the_still(page, lab
     assert not page.said
     page.evaluate("jupyterapp.commands.execute('docmanager:save')"); saved = json.loads((lab[1]/'02_losses.ipynb').read_text(encoding='utf-8'))
     views = [o for c in saved['cells'] for o in c.get('outputs', []) if 'application/vnd.jupyter.widget-view+json' in o.get('data', {})]; assert views and all('image/png' in o['data'] for o in views)
-    saved['cells'][0]['source'] = '# From a stranger'                                       # another notebook than the one that was run here: not trusted
-    (lab[1]/'strange.ipynb').write_text(json.dumps(saved), encoding='utf-8'); opened(page, lab, 'strange')
+    for name, words in (('strange', '# From a stranger'), ('trusted', '# From a friend')):  # others than the one that was run here: not trusted by themselves
+        saved['cells'][0]['source'] = words; file = lab[1]/f'{name}.ipynb'; file.write_text(json.dumps(saved), encoding='utf-8')
+        if name == 'trusted': subprocess.run([sys.executable, '-m', 'jupyter', 'trust', str(file)], env=lab[2], check=True)
+        opened(page, lab, name)

@@ -235,7 +235,10 @@ def test_weights_are_those_of_the_assignment(pairs):
         assert np.array_equal(xy, preds.points[loc].double().numpy()) and np.array_equal(level, out.pairs.level[out.pairs.obj == n].numpy())
         fig = show.show_weights(out, preds, image, obj, picture=images[image])
         levels = sorted(set(level.tolist()))
-        assert len(fig.axes) == 2*len(levels)+1 and [a.get_ylabel() for a in fig.axes[:-1:len(levels)]] == ['pos', 'neg']
+        assert len(fig.axes) == 2*len(levels)+1 and [a.get_ylabel() for a in fig.axes[:-1:len(levels)]] == ['positive weight', 'negative weight']
+        turned = show.show_weights(out, preds, image, obj, picture=images[image], turned=True)
+        assert [a.get_title().split('\n')[0] for a in turned.axes[:2]] == ['positive weight', 'negative weight']
+        for a, b in zip(np.reshape(turned.axes[:-1], (len(levels), 2)).T.flat, fig.axes): assert len(a.lines) == len(b.lines) and a.get_title()[-4:] == b.get_title()[-4:]
         d = discs(fig)[:2*len(levels):2]                                         # every second: the rings follow the discs
         assert [len(c.get_offsets()) for c in d] == [int((level == l).sum()) for l in levels]
         for c, l in zip(d, levels): np.testing.assert_allclose(c.get_facecolors()[:, :3], show.weight_scale().to_rgba(w[level == l])[:, :3])
