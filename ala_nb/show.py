@@ -547,10 +547,11 @@ def why(
     "What decided at an object's candidate of the largest positive weight, at its neighbors, and on the other levels."
     xy, level, w, loc = bag(out, 'pos', image, obj)
     if len(w) == 0: return 'no candidate'
-    best = int(np.nan_to_num(w).argmax()); far = np.abs(xy-xy[best]).sum(1)
+    mine = (out.pairs.obj == object_number(out.pairs.objects, image, obj)).nonzero().flatten()
+    quality = as_array(out.weights.get('quality', out.weights['pos'])[mine])         # decides where weights are equal
+    best = int(np.lexsort((np.nan_to_num(quality), np.nan_to_num(w)))[-1]); far = np.abs(xy-xy[best]).sum(1)
     near = np.argsort(far, kind='stable'); others = [i for i in near if level[i] == level[best] and i != best][:n]
     others += [next(i for i in near if level[i] == l) for l in sorted(set(level.tolist()) - {level[best]})]
-    mine = (out.pairs.obj == object_number(out.pairs.objects, image, obj)).nonzero().flatten()
     stride = np.asarray(steps_of(out.pairs))[level]
     names = [k for k in out.factors] + [k for k in ('pos','neg') if k in out.weights]
     columns = {'stride': stride, 'x, px': xy[:,0], 'y, px': xy[:,1],
