@@ -9,12 +9,12 @@ __all__ = ['SHAPES', 'SHAPES_VERSION', 'FOLDER_SIZE', 'FORM_NAMES', 'Bits', 'on_
            'clip_boxes', 'other_form', 'FolderDataset', 'object_arrays', 'trained_sides', 'same_pictures', 'Report',
            'report', 'need_objects', 'load_folder', 'load_dataset', 'save_coco', 'ShortSide', 'Transforms',
            'train_transforms', 'eval_transforms', 'item_seed', 'Items', 'BatchOrder', 'collate', 'Parcel', 'send',
-           'LoaderDied', 'Loader', 'make_loader', 'font_for', 'drawing', 'report_figure', 'report_html', 'make_parser',
-           'all_splits', 'shared_pictures', 'opening', 'report_all', 'main']
+           'LoaderDied', 'Loader', 'make_loader', 'load_speed', 'speed_text', 'font_for', 'drawing', 'report_figure',
+           'report_html', 'make_parser', 'all_splits', 'shared_pictures', 'opening', 'speed_all', 'report_all', 'main']
 
 # %% ../nbs/04_data.ipynb #c002
 import base64, difflib, functools, hashlib, html, inspect, io, json, math, multiprocessing, os, pickle, signal, sys
-import threading
+import threading, time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -156,7 +156,7 @@ _kinds = dict(classes=('a list of different names, such as ["cat","dog"]', _name
     keep=('a number of bytes', lambda v: isinstance(v, Real)),
     config=('a ShapesConfig', lambda v: v is None or isinstance(v, ShapesConfig)),
     val_share=('a number between 0 and 1', lambda v: _number(v) and 0<v<1),
-    **dict.fromkeys(('rotate','masks','one_based','verify','use_ignored'), _bool_kind))
+    **dict.fromkeys(('rotate','masks','one_based','verify','use_ignored','annotations'), _bool_kind))
 
 def check_kinds(options:dict):
     "An InputError for the first option of a data set whose value is not of its kind."
@@ -703,7 +703,10 @@ def _warn_images(ds, r:Report, same)->list:
         out.append(f'{count_of(c["same_picture"], "picture")} twice in this split, as '
             f'{shown(Path(ds.files[same[0][0]]).name, 80)} and {shown(Path(ds.files[same[0][1]]).name, 80)}; '
             'remove the copies')
-    if c['empty']>.5*c['images']:
+    if notes.get('unlabelled'):
+        out.append(f'{count_of(notes["unlabelled"], "picture")} of a list without annotations: nothing to learn from '
+            'or to compare with')
+    elif c['empty']>.5*c['images']:
         out.append(f'{c["empty"]:,} of {c["images"]:,} images have no object and are learned as background; take out '
             'those that were never annotated')
     if notes.get('no label file'):
@@ -738,7 +741,8 @@ def need_objects(ds, size=None, max_size=None):
         why = ', '.join(filter(None, causes))
         if not why:
             raise InputError(f'{where}; annotate some' + (', or bring the label files (labels/*.txt)'
-                if ds.notes.get('no label file') else ''))
+                if ds.notes.get('no label file') else ', or bring Annotations/*.xml' if ds.notes.get('unlabelled')
+                else ''))
         f = ds.looks_like
         help = ('data option use_ignored=true learns them all the same' if c['crowd']
                 else f'read as {f} ({_meaning[f]}) they fit' + (f': data option bbox={f}' if ds.form=='coco' else '')
@@ -1137,6 +1141,34 @@ def make_loader(
                   persistent_workers=workers>0, worker_init_fn=_leave_to_parent,
                   generator=torch.Generator().manual_seed(0))
 
+# %% ../nbs/04_data.ipynb #c098t
+def load_speed(
+    ds,                       # DetectionDataset
+    batch_size:int=8, workers:int=0, # as in training
+    size=None, max_size=None, # px, as in training; None: as stored
+    images:int=512,           # that many are timed, in as many epochs as that takes
+    seconds:float=60.,        # or fewer, after so long
+)->tuple: # images timed, seconds they took, seconds until the first batch was there
+    "How fast a training's batches come when nothing is done with them."
+    loader = make_loader(ds, batch_size, True, train_transforms(size, max_size), workers=workers)
+    def batches():
+        for e in range(images+2):                          # an epoch has an image at least
+            loader.set_epoch(e); yield from loader
+    start = time.monotonic(); found = batches(); next(found)
+    first, n = time.monotonic(), 0
+    for batch,_ in found:
+        n += len(batch); t = time.monotonic()-first
+        if n>=images or t>=seconds: return n, t, first-start
+
+def speed_text(ds, batch_size, workers, size, max_size, **limits)->str:
+    "The line that `python -m ala_nb.data --speed` prints."
+    n, t, first = load_speed(ds, batch_size, workers, size, max_size, **limits)
+    who = 'this process' if not workers else count_of(workers, 'loading process')
+    px = f'short side {size} px' if size else 'sides as stored'
+    if max_size: px += f', long side at most {max_size} px'
+    return (f'{shown(ds.name)} {shown(ds.split)}: {n/t:.1f} images a second, {n} in {t:.1f} s; '
+            f'batches of {batch_size} by {who}, {px}; first batch after {first:.1f} s')
+
 # %% ../nbs/04_data.ipynb #r011
 @functools.cache
 def font_for(text:str)->str:
@@ -1230,7 +1262,8 @@ _layouts = '''layouts that are read:
   CrowdHuman    *.odgt + Images/
   YOLO text     data.yaml (Ultralytics, Roboflow), obj.data (darknet, CVAT), classes.txt + images/ + labels/ (Label Studio)
 data options: format=coco|voc|crowdhuman|yolo, classes=["a","b"], verify=false, val_share=0.2 (keep a fifth for val); use_ignored=true (learn what is marked
-  crowd, difficult, ignore); COCO: bbox=xyxy (corners), cxcywh, xywhn ...; VOC: one_based=false; CrowdHuman: box=fbox|vbox|hbox'''
+  crowd, difficult, ignore); COCO: bbox=xyxy (corners), cxcywh, xywhn ...; VOC: one_based=false, annotations=false (a list alone, as of VOC 2012's test set);
+  CrowdHuman: box=fbox|vbox|hbox'''
 
 def make_parser():
     "The command line of `python -m ala_nb.data`."
@@ -1238,7 +1271,8 @@ def make_parser():
     p = Parser(prog='python -m ala_nb.data',
         description='What a data set holds and what is suspicious about it; nothing is trained.', epilog=_layouts,
                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument('data', metavar='DIR', help="folder of a data set, or 'shapes'")
+    p.add_argument('data', nargs='+', metavar='DIR',
+                   help="folder of a data set, or several that are one (VOC2007 VOC2012), or 'shapes'")
     p.add_argument('--split', nargs='+', metavar='NAME', help='which parts [all that there are]')
     p.add_argument('--size', type=int, metavar='PX',
         help=f'short side that will be trained, 0: as stored [{FOLDER_SIZE["size"]} for a folder]')
@@ -1248,7 +1282,20 @@ def make_parser():
         help='options of the data set, see below')
     p.add_argument('--out', metavar='FILE',
         help='draw it too: FILE.html, or FILE.png (a file a split, if there are several)')
+    s = p.add_argument_group('speed')
+    s.add_argument('--speed', action='store_true',
+                   help='images a second of the loader alone, of the first split [leave it: the report]')
+    s.add_argument('--workers', type=_whole_from(0), default=0, metavar='N', help='processes that load [0: this one]')
+    s.add_argument('--batch_size', type=_whole_from(1), default=8, metavar='N', help='images a batch [8]')
     return p
+
+def _whole_from(least:int):
+    "What reads a whole number of at least `least` on a command line."
+    import argparse
+    def count(s):
+        if not s.isdecimal() or int(s)<least: raise argparse.ArgumentTypeError(f'{s} is no number of at least {least}')
+        return int(s)
+    return count
 
 # %% ../nbs/04_data.ipynb #r018
 def all_splits(data, options)->list:
@@ -1280,13 +1327,21 @@ def opening(sets, size=None, max_size=None)->str:
     return ''.join(f'{l}\n' for l in [*(str(report(d, size or None, max_size or None)) for d in folders),
         *(f'warning: {w}' for w in shared_pictures(folders))])
 
-def report_all(data, split=None, size=None, max_size=None, data_options=(), out=None):
+def speed_all(data, split, size, max_size, data_options, batch_size, workers):
+    "What the command does with `--speed`: time the loader on the first of the splits."
+    options = dict(data_options); first = (split or all_splits(data, options))[0]
+    print(speed_text(load_dataset(data, first, **options), batch_size, workers, size, max_size))
+
+def report_all(data, split=None, size=None, max_size=None, data_options=(), out=None, speed=False, batch_size=8,
+               workers=0):
     "What the command does: print the report of every split, draw them, and collect what cannot be read."
     if out and Path(out).suffix.lower() not in ('.html','.png'):
         raise InputError(f'--out {shown(out)}: give it the ending .html or .png')
+    data = os.pathsep.join(data) if isinstance(data, list) else data
     default = {} if data=='shapes' else FOLDER_SIZE; options, parts, sets, faults = dict(data_options), [], [], []
     size, max_size = (default.get(k) if v is None else v or None for k,v in (('size',size), ('max_size',max_size)))
     eval_transforms(size, max_size)                                            # refused now
+    if speed: return speed_all(data, split, size, max_size, data_options, batch_size, workers)
     for s in split or all_splits(data, options):
         try:
             ds = load_dataset(data, s, **dict(options, **(dict(classes=sets[0].classes) if sets and data!='shapes'

@@ -10,7 +10,7 @@ __all__ = ['REFERENCE_FPPI', 'METRICS', 'match_detections', 'precision_recall', 
            'compute_metrics', 'metrics_text', 'add_inference', 'make_parser', 'run_sizes', 'evaluate_run', 'main']
 
 # %% ../nbs/15_evaluate.ipynb #c002
-import argparse, contextlib, importlib.util, io, itertools, json, sys
+import argparse, contextlib, importlib.util, io, itertools, json, os, sys
 from collections import defaultdict
 from pathlib import Path
 import numpy as np
@@ -536,8 +536,9 @@ def make_parser():
                allow_abbrev=False)
     p.add_argument('run', metavar='RUN', help='directory that python -m ala_nb.train left')
     d = p.add_argument_group('data')
-    d.add_argument('--data', metavar='DIR',
-                   help="'shapes' or a folder, see python -m ala_nb.data --help [what the run was trained on]")
+    d.add_argument('--data', nargs='+', metavar='DIR',
+                   help="'shapes' or a folder, or several that are one data set; see python -m ala_nb.data --help "
+                        '[what the run was trained on]')
     d.add_argument('--split', help="train, val, test or what the folder calls it [what the run was validated on: val]")
     d.add_argument('--data_options', nargs='*', type=parse_pair, metavar='KEY=VALUE',
         help="options of the data set [the run's, if it is the run's data]")
@@ -565,7 +566,8 @@ def make_parser():
     o = p.add_argument_group('output')
     o.add_argument('--out', metavar='FILE', help='write all numbers as JSON')
     o.add_argument('--voc_results', metavar='DIR',
-                   help="write the detections as VOC's server wants them, a file a class")
+                   help="write the detections as VOC's server wants them, a file a class; also of a test list without "
+                        'annotations')
     o.add_argument('--results', metavar='FILE',
                    help="write the detections as COCO's JSON list of results; also of a split "
                    'without objects (test-dev2017), for its server')
@@ -600,14 +602,14 @@ def evaluate_run(
     data, split = own if data is None else data, split or trained.get('val_split','val')
     if data_options is None: data_options = trained.get(
         'data_options', {}) if [p.absolute() for p in roots(data)] == [p.absolute() for p in roots(own)] else {}
-    ds = load_dataset(data, split,
-                      **with_masks(method or config.get('detector', {}).get('method', 'fcos'), data_options))
+    named = method or config.get('detector', {}).get('method')
+    ds = load_dataset(data, split, **with_masks(named, data_options) if named else data_options)
     truth = ds.ground_truth()
     ids = match_classes(config['classes'], ds, {a['category_id'] for a in truth['annotations']})
     truth['categories'] = [dict(id=i, name=c) for i,c in zip(ids, config['classes'])]
     if all(a.get('iscrowd') for a in truth['annotations']):
         if not unlabelled: raise InputError(f'{ds.name}: split {split} holds no object to find, so there is nothing to '
-            'evaluate; --results FILE writes the detections all the same')
+            'evaluate; --results FILE and --voc_results DIR write the detections all the same')
         metrics = ()
     device = pick_device(device)
     sizes, model = (run_sizes(config, size, max_size),
@@ -633,12 +635,14 @@ def main(
             if f and not (Path(f).parent.is_dir() and not Path(f).is_dir()):
                 raise InputError(f'{f}: cannot be written, its folder does not exist or it is a folder')
         if a['data_options'] is not None: a['data_options'] = dict(a['data_options'])
-        found, results = evaluate_run(run, progress=True, unlabelled=bool(results_file), **a)
+        if a['data'] is not None: a['data'] = os.pathsep.join(a['data'])
+        written = ' and '.join(filter(None, (results_file, a['voc_results'])))
+        found, results = evaluate_run(run, progress=True, unlabelled=bool(written), **a)
         # before anything is printed: a terminal may fail
         if results_file: write_json(results_file, results)
         if out: write_json(out, {'run':str(run), 'settings':{k:v for k,v in a.items() if v is not None}, **found})
         print(metrics_text(found)
-              or f'{len(results)} detections are in {results_file}; the split has no objects to compare them with')
+              or f'{len(results)} detections are in {written}; the split has no objects to compare them with')
     return exit_code(work)
 
 # %% ../nbs/15_evaluate.ipynb #c075

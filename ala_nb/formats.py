@@ -6,7 +6,7 @@
 __all__ = ['BOXES', 'ALIASES', 'FORMS', 'OPTIONS', 'Annotations', 'as_number', 'as_whole', 'check_box', 'check_flag', 'as_id',
            'plain_ids', 'as_xywh', 'visible', 'words', 'is_split', 'pick_split', 'of_split', 'map_classes',
            'coco_splits', 'coco_folders', 'polygon_box', 'read_coco', 'voc_splits', 'voc_root', 'voc_object',
-           'read_voc_xml', 'voc_class_list', 'voc_classes', 'voc_entries', 'voc_folders', 'read_voc',
+           'read_voc_xml', 'voc_class_list', 'voc_classes', 'voc_entries', 'voc_folders', 'unlabelled_list', 'read_voc',
            'crowdhuman_splits', 'crowdhuman_object', 'read_crowdhuman', 'read_yaml', 'YoloSplit', 'yolo_splits',
            'yolo_pictures', 'label_file', 'yolo_object', 'read_yolo', 'foreign', 'recognise', 'check_images',
            'take_share', 'roots', 'joined']
@@ -348,7 +348,8 @@ def voc_splits(root:Path)->dict:
         out = {f.stem:f for f in sorted(visible(root, pattern))}
         if pattern=='*.txt':
             out = {k:f for k,f in out.items() if is_split(k) and (ann or '.xml' in read_text(f)[:4000])}
-        elif not ann and not (root/'Annotations').is_dir(): out = {}
+        # a test set has no annotations, but folders by VOC's names
+        elif not ann and not any((root/d).is_dir() for d in ('Annotations','JPEGImages')): out = {}
         # aeroplane_train.txt is no split
         out = {k:f for k,f in out.items() if not ('_' in k and k.rsplit('_',1)[1] in out)}
         if out: return out
@@ -477,6 +478,22 @@ def voc_folders(root, where, ann)->list:
         *(up.parent/n/where.name for n in _picture_folders),
                         *([up] if where!=root else [])) if d.is_dir()]
 
+def unlabelled_list(root, where, split, classes)->Annotations:
+    "The pictures of a list without annotations, as VOC gives its test sets."
+    out, faults = Annotations('voc', classes, list(range(1, len(classes)+1))), []
+    pictures = Pictures(root, [d for d in voc_folders(root, where, root/'Annotations') if d.is_dir()],
+                        of_split(root, split))
+    for n,line in enumerate(read_text(where).splitlines(), 1):
+        words_ = line.split()
+        if not words_: continue
+        name = words_[0] if words_[1:] in (['1'],['0'],['-1']) else line.strip()       # "000012 1"
+        try: path = pictures.find(name, f'{shown(where)}: line {n}')
+        except InputError as e: faults.append(e); continue
+        out.files.append(path); out.ids.append(n-1); out.sizes.append(None)
+    check_faults(shown(where), faults)
+    out.notes['unlabelled'] = len(out.files)
+    return out
+
 def _voc_annotations(entries, parsed, pictures, classes, use_ignored, faults)->Annotations:
     "Put together what was read from XML files; what does not fit goes to `faults`."
     out = Annotations('voc', classes, list(range(1, len(classes)+1)))
@@ -507,6 +524,9 @@ def read_voc(
     classes=None,      # names in the order of the labels
     one_based=True,    # corners count from 1 and are inclusive
     use_ignored=False, # learn objects that are marked difficult like all others
+    # False: take a list as it is, without XML files, as VOC gives its test sets; None: for a list called test of
+    # which nothing is annotated
+    annotations:bool=None,
 )->Annotations:
     "Read VOC XML."
     faults = []
@@ -516,6 +536,11 @@ def read_voc(
         entries = [(shown(f), f, None) for f in sorted(visible(where, '**/*.xml') if where!=root
             else visible(where, '*.xml'))]
     else: entries = voc_entries(where, root, ann, faults)
+    test = where.is_file() and 'test' in words(where.stem)
+    if where.is_file() and (annotations is False or (annotations is None and test and faults and not entries)):
+        names = classes or voc_class_list(root) or voc_classes(visible(ann, '**/*.xml') if ann.is_dir() else ())
+        return unlabelled_list(root, where, split, list(names))
+    if test and faults: faults[0] = f'{faults[0]}; or take the list without any: --data_options annotations=false'
     pictures = _VocPictures(root, ann, voc_folders(root, where, ann), of_split(root, split))
     if entries and not pictures.places and not pictures.by_name:
         raise InputError(f'{shown(root/"JPEGImages")}: no such folder, and VOC keeps its images there; bring it')
@@ -762,7 +787,8 @@ def read_yolo(root, where:YoloSplit, split, classes=None)->Annotations:
 # %% ../nbs/03d_formats.ipynb #g034
 FORMS = dict(coco=(coco_splits, read_coco), voc=(voc_splits, read_voc),
     crowdhuman=(crowdhuman_splits, read_crowdhuman), yolo=(yolo_splits, read_yolo))
-OPTIONS = dict(coco=('bbox','use_ignored','masks'), voc=('one_based','use_ignored'), crowdhuman=('box','use_ignored'),
+OPTIONS = dict(coco=('bbox','use_ignored','masks'), voc=('one_based','use_ignored','annotations'),
+               crowdhuman=('box','use_ignored'),
     yolo=())
 
 def _json_kind(d)->str:

@@ -56,9 +56,9 @@ class DataKnobs:
 @dataclass(frozen=True)
 class DetectorKnobs:
     "The network, the assignment and the detections."
-    method:str          = knob('fcos', 'label assignment: fcos, atss, ciou_atss, autoassign, dw, poto, o2f, hybrid, '
-                                       'ala, gfl, gflv2, vfnet, tood, retina, condinst, condinst_poto, condinst_o2f, '
-                                       'or a class of your own, package.module:Class')
+    method:str          = knob('autoassign', 'label assignment: fcos, atss, ciou_atss, autoassign, dw, poto, o2f, '
+                                             'hybrid, ala, gfl, gflv2, vfnet, tood, retina, condinst, condinst_poto, '
+                                             'condinst_o2f, or a class of your own, package.module:Class')
     method_options:dict = knob(dict, 'options of the method, key=value (variant=paper K=7)')
     backbone:str        = knob('tiny', 'tiny, resnet18, resnet34, resnet50, resnet101, resnext101_64x4d, '
                                        'resnext101_32x8d, swin_t, swin_s, swin_b, convnext_tiny, convnext_small, '

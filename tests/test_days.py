@@ -167,7 +167,7 @@ def test_two_at_once_take_two_folders():
         return T.main(words(**{**TINY, 'steps':1, 'eval_every':0}))
     pids = [branch(work) for _ in range(3)]
     assert [ended(p) for p in pids] == [0,0,0], Path('log').read_text()
-    assert sorted(p.name for p in Path('runs').iterdir()) == ['shapes-fcos', 'shapes-fcos-2', 'shapes-fcos-3']
+    assert sorted(p.name for p in Path('runs').iterdir()) == ['shapes-autoassign', 'shapes-autoassign-2', 'shapes-autoassign-3']
 
 @needs_fork
 def test_two_at_once_with_one_name():

@@ -107,7 +107,54 @@ def test_rates_and_decay_are_the_releases():
         c, found = groups(name)
         assert found == {('weight', 1., 1e-4), ('bias', 1., 1e-4), ('norm', 1., 0.), ('other', 1., 1e-4)}
         assert (c.warmup, c.warmup_shape, c.warmup_start, c.clip) == (1000, 'linear', .001, 0.)
-    for name, clip in (('fcos_r101_2x_ms', 35.), ('atss_r50_1x', 0.), ('dynamic_atss_r50_1x', 0.)):
+    for name in ('fcos_r101_2x_ms', 'atss_r50_1x', 'dynamic_atss_r50_1x'):
         c, found = groups(name)
         assert found == {('weight', 1., 1e-4), ('bias', 2., 0.), ('norm', 1., 1e-4), ('other', 1., 1e-4)}
-        assert (c.warmup, c.warmup_shape, c.warmup_start, c.clip) == (500, 'constant', 1/3, clip)
+        assert (c.warmup, c.warmup_shape, c.warmup_start, c.clip) == (500, 'constant', 1/3, 0.)
+
+# ---- the values, beside the files of the releases -------------------------------------------------------------------
+# Read there, and written in this project's names: a number of steps or epochs, shares of a rate, decays as multiples of weight_decay.
+COCO = dict(size=800, max_size=1333, flip=.5, batch_size=16, momentum=.9, weight_decay=1e-4, gamma=.1, clip=0., filter_empty=True, trainable_layers=3)
+SGD = dict(COCO, optimizer='sgd', lr=.01, bias_lr=1., bias_decay=1., other_decay=1., warmup_shape='linear', warmup_start=.001)
+NO_NORM_DECAY = dict(SGD, norm_decay=0., warmup=1000)
+MMDET = dict(SGD, norm_decay=1., warmup=500)                     # its schedule_1x.py, and lr=0.01 of each method's file
+MASKRCNN = dict(SGD, norm_decay=1., bias_lr=2., bias_decay=0., warmup=500, warmup_shape='constant', warmup_start=1/3, norm='frozen')   # maskrcnn-benchmark
+ONE, TWO, THREE = dict(epochs=12, drops=(8, 11), scales=None), dict(epochs=24, drops=(16, 22)), dict(epochs=36, drops=(24, 33))
+DEFORMED = dict(deform_last=True, deformable=(3, 4, 5))
+ANCHOR = dict(p7_relu=False, box_activation='anchor', p6_from=None)
+IMPROVED = dict(box_activation='relu', method='fcos', method_options={}, p6_from=None)   # centre sampling 1.5, GIoU, centre-ness on the box tower: our defaults
+RELEASES = [
+    ('dw_r50_1x', 'strongwolf/DW configs/dw_r50_fpn_worefine_1x_coco.py', dict(NO_NORM_DECAY, **ONE, norm='eval', method_options={})),
+    ('dw_refine_r50_1x', 'strongwolf/DW configs/dw_r50_fpn_1x_coco.py', dict(NO_NORM_DECAY, **ONE, norm='eval', method_options=dict(refine='deform'))),
+    ('dw_r101_2x_ms', 'strongwolf/DW configs/dw_r101_fpn_worefine_mstrain_2x_coco.py', dict(NO_NORM_DECAY, **TWO, scales=(480, 960), deform_last=None)),
+    ('dw_refine_r101_dcn_2x_ms', 'strongwolf/DW configs/dw_r50_fpn_dconv_c3-c5_mstrain_2x_coco.py', dict(NO_NORM_DECAY, **TWO, scales=(480, 960), **DEFORMED)),
+    ('o2f_r50_1x', 'strongwolf/o2f configs/r50_1x.py', dict(NO_NORM_DECAY, **ONE, norm='eval', method_options=dict(third_convs=3))),
+    ('o2f_r101_3x_ms', 'strongwolf/o2f configs/r101_3x_ms.py', dict(NO_NORM_DECAY, **THREE, scales=(640, 800))),
+    ('o2f_swin_t_1x', 'strongwolf/o2f configs/swin_1x.py', dict(COCO, **ONE, optimizer='adamw', lr=1e-4, weight_decay=.05, norm_decay=0., bias_decay=1., warmup=1000, drop_path=.2)),
+    ('o2f_crowdhuman', 'strongwolf/o2f configs/crowdhuman.py', dict(COCO, optimizer='adamw', lr=4e-5, norm_decay=1., bias_decay=1., other_decay=1., warmup=1000, warmup_start=.001,
+        epochs=50, drops=(40,), max_size=1400, scales=(480, 960), topk=5000, max_detections=500, method_options=dict(K=4))),
+    ('condinst_o2f_r50_1x', 'strongwolf/o2f configs/condinst_r50_1x.py', dict(SGD, **ONE, norm_decay=1., bias_lr=2., bias_decay=0., warmup=500)),
+    ('condinst_o2f_r50_3x_ms', 'strongwolf/o2f configs/condinst_r50_3x.py', dict(SGD, **THREE, norm_decay=1., bias_lr=2., bias_decay=0., warmup=500, scales=(640, 800))),
+    ('autoassign_r50_1x', 'mmdet 3.3.0 autoassign/autoassign_r50-caffe_fpn_1x_coco.py', dict(NO_NORM_DECAY, **ONE, norm='frozen', p6_from='c5')),
+    ('fcos_r101_2x_ms', 'tianzhi0549/FCOS configs/fcos/fcos_imprv_R_101_FPN_2x.yaml', dict(MASKRCNN, **TWO, scales=(640, 800), **IMPROVED)),
+    ('fcos_x101_2x_ms', 'tianzhi0549/FCOS configs/fcos/fcos_imprv_X_101_64x4d_FPN_2x.yaml', dict(MASKRCNN, **TWO, scales=(640, 800), **IMPROVED)),
+    ('atss_r50_1x', 'sfzhang15/ATSS configs/atss/atss_R_50_FPN_1x.yaml', dict(MASKRCNN, **ONE, **ANCHOR, deform_last=None)),
+    ('atss_r50_dcn_1x', 'sfzhang15/ATSS configs/atss/atss_dcnv2_R_50_FPN_1x.yaml', dict(MASKRCNN, **ONE, **ANCHOR, **DEFORMED)),
+    ('atss_r101_dcn_2x_ms', 'sfzhang15/ATSS configs/atss/atss_dcnv2_R_101_FPN_2x.yaml', dict(MASKRCNN, **TWO, **ANCHOR, scales=(640, 800), **DEFORMED)),
+    ('atss_x101_2x_ms', 'sfzhang15/ATSS configs/atss/atss_X_101_64x4d_FPN_2x.yaml', dict(MASKRCNN, **TWO, **ANCHOR, scales=(640, 800), deform_last=None)),
+    ('atss_x101_dcn_2x_ms', 'sfzhang15/ATSS configs/atss/atss_dcnv2_X_101_64x4d_FPN_2x.yaml', dict(MASKRCNN, **TWO, **ANCHOR, scales=(640, 800), deform_last=True, deformable=(4, 5))),
+    ('gfl_r101_2x_ms', 'mmdet 3.3.0 gfl/gfl_r101_fpn_ms-2x_coco.py', dict(MMDET, **TWO, scales=(480, 800), norm='eval', p7_relu=False, tower_bias=False)),
+    ('gfl_r101_dcn_2x_ms', 'mmdet 3.3.0 gfl/gfl_r101-dconv-c3-c5_fpn_ms-2x_coco.py', dict(MMDET, **TWO, scales=(480, 800), deformable=(3, 4, 5), deform_last=None)),
+    ('gflv2_r50_1x', 'implus/GFocalV2 configs/gfocal/gfocal_r50_fpn_1x.py', dict(MMDET, **ONE, norm='eval', p7_relu=False, tower_bias=False)),
+    ('vfnet_r50_1x', 'mmdet 3.3.0 vfnet/vfnet_r50_fpn_1x_coco.py', dict(MMDET, **ONE, bias_lr=2., bias_decay=0., warmup_start=.1, norm='eval', p7_relu=None, head_convs=3, tower_bias=False)),
+    ('tood_x101_2x_ms', 'mmdet 3.3.0 tood/tood_x101-64x4d_fpn_ms-2x_coco.py', dict(MMDET, **TWO, scales=(480, 800), norm='eval', p7_relu=False))]
+
+@pytest.mark.parametrize('name, source, values', [pytest.param(*r, id=r[0]) for r in RELEASES])
+def test_values_are_those_of_the_releases(name, source, values):
+    "Each value where the file has it; None: not set, so the default, which is the release's."
+    knobs = dict(P.PRESETS[name].knobs)
+    c = T.as_config(knobs); d = dict(c.detector_options)
+    have = {f.name: getattr(c, f.name) for f in T.dataclasses.fields(T.Config)} | d | d.get('head_options', {}) | d.get('backbone_options', {})
+    have['drops'] = tuple(round(m*c.epochs, 9) for m in c.milestones)
+    have['scales'] = (min(c.scales), max(c.scales)) if c.scales else None
+    assert {k: have.get(k) for k in values} == values, source

@@ -114,6 +114,43 @@ def test_several_folders(tmp_path, capsys, monkeypatch):
     assert T.main(['--data', 'VOC2007', 'VOC2021', *small]) == 2
     assert 'VOC2021: no such folder' in capsys.readouterr().err
 
+def test_voc_test_list(tmp_path, capsys, monkeypatch):
+    "Pictures of a list without annotations: trained beside, detected in, files for VOC's server; where no AP is possible a line says so."
+    monkeypatch.chdir(tmp_path); voc(Path('VOC2012'), 2012, ['dog', 'cat'], 4); root = Path('VOC2012')
+    for i in range(3): Image.new('RGB', (40+i, 48), (20, 90*i, 80)).save(root/'JPEGImages'/f'2012_t{i}.jpg')
+    (root/'ImageSets'/'Main'/'test.txt').write_text(''.join(f'2012_t{i}\n' for i in range(3)))
+    (root/'ImageSets'/'Main'/'dog_test.txt').write_text(''.join(f'2012_t{i}  1\n' for i in range(3)))
+    small = ['--train_split', 'trainval', '--size', '48', '--max_size', '64', '--backbone', 'tiny', '--steps', '1', '--batch_size', '2', '--amp', 'off']
+    assert T.main(['--data', 'VOC2012', *small, '--eval_every', '0', '--out', 'run']) == 0
+    sent = lambda: {f.name: f.read_text().splitlines() for f in Path('sent').iterdir()}
+    always = ['run', '--split', 'test', '--score_threshold', '0', '--max_detections', '2']
+    capsys.readouterr(); assert E.main(always) == 2
+    assert 'no object to find' in (err := capsys.readouterr().err) and '--voc_results' in err and err.count('\n') == 1
+    assert E.main([*always, '--voc_results', 'sent']) == 0 and 'no objects to compare' in (out := capsys.readouterr().out) and 'list without annotations' in out
+    assert set(sent()) == {'comp4_det_test_cat.txt', 'comp4_det_test_dog.txt'}
+    assert {l.split()[0] for lines in sent().values() for l in lines} == {f'2012_t{i}' for i in range(3)}
+    (root/'Annotations'/'2012_t1.xml').write_text((root/'Annotations'/'2012_0.xml').read_text().replace('2012_0', '2012_t1'))
+    assert E.main([*always, '--voc_results', 'sent']) == 2 and 'annotations=false' in capsys.readouterr().err
+    assert E.main([*always, '--voc_results', 'sent', '--data_options', 'annotations=false']) == 0 and len({l.split()[0] for lines in sent().values() for l in lines}) == 3
+    capsys.readouterr(); assert T.main(['--data', 'VOC2012', *small, '--val_split', 'test', '--data_options', 'annotations=false']) == 2
+    assert 'no object to learn from' in (err := capsys.readouterr().err) and 'Annotations/*.xml' in err
+    for f in [*root.glob('Annotations/*')]: f.unlink()
+    (root/'Annotations').rmdir()                                                   # the test set of VOC by itself
+    assert E.main([*always, '--voc_results', 'sent']) == 0 and len({l.split()[0] for lines in sent().values() for l in lines}) == 3
+    (root/'JPEGImages'/'2012_t2.jpg').unlink(); capsys.readouterr()
+    assert E.main([*always, '--voc_results', 'sent']) == 2 and 'test.txt: line 3' in capsys.readouterr().err
+
+def test_loader_alone(coco, capsys):
+    "Images a second of the loader, by the command; every image is loaded, and what cannot be is one line."
+    from ala_nb import data as D
+    assert D.main([str(coco), '--split', 'train', '--speed', '--workers', '1', '--batch_size', '2', '--size', '32', '--max_size', '40']) == 0
+    out = capsys.readouterr().out
+    assert 'images a second' in out and 'batches of 2 by 1 loading process, short side 32 px, long side at most 40 px' in out
+    ds = load_dataset(str(coco), 'train'); n, seconds, first = D.load_speed(ds, batch_size=2, images=11)
+    assert 11 <= n <= 12 and seconds > 0 and first > 0
+    assert D.load_speed(ds, batch_size=2, images=10**9, seconds=0.)[0] == min(2, len(ds))          # the time limit
+    assert D.main([str(coco), '--speed', '--workers', '-1']) == 2 and '-1' in capsys.readouterr().err
+
 def test_tensorboard(tmp_path, monkeypatch, capsys):
     "Every row of metrics.csv, at its step; a resumed run goes on in the same place; without the package a line, and nothing is made."
     import csv, sys, types

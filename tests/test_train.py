@@ -105,13 +105,15 @@ def test_workers_change_nothing():
 
 def test_folders_are_numbered():
     for _ in range(2): T.train(T.recipe(**{**TINY, 'steps':1, 'eval_every':0}), log=None)
-    assert sorted(p.name for p in Path('runs').iterdir()) == ['shapes-fcos', 'shapes-fcos-2']
+    assert sorted(p.name for p in Path('runs').iterdir()) == ['shapes-autoassign', 'shapes-autoassign-2']
 
 def test_settings_of_another_run(reference):
     config, run, _ = T.parse(['--config', str(reference[0]), '--lr', '0.5'])
     assert (config.train_images, config.lr, config.out, run) == (24, .5, '', None)
-    assert config.method_options == dict(ranges=(24,48))
-    assert T.parse(['--config', str(reference[0]), '--method', 'o2f'])[0].method_options == {}    # not those of another method
+    other = json.loads((reference[0]/'config.json').read_text())
+    other['train'] |= dict(method='fcos', method_options=dict(ranges=[24,48])); Path('config.json').write_text(json.dumps(other))
+    assert T.parse(['--config', 'config.json'])[0].method_options == dict(ranges=(24,48))
+    assert T.parse(['--config', 'config.json', '--method', 'o2f'])[0].method_options == {}    # not those of another method
 
 @pytest.fixture
 def folder():
