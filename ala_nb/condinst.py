@@ -160,17 +160,19 @@ def mask_centers(
 
 def mask_targets(
     objects:Objects, # with masks
+    obj:Tensor,      # (M,) int64, 0 ... N-1: whose masks
     size,            # (H, W) of the result
     step:int,        # px between its cells
-)->Tensor: # (N, H, W) bool
-    "Every object's mask read at the middle pixel of each cell; False beyond its image."
-    out = torch.zeros(len(objects), *size, dtype=torch.bool, device=objects.boxes.device)
+)->Tensor: # (M, H, W) bool
+    "The masks of some objects, read at the middle pixel of each cell; False beyond the image."
+    out = torch.zeros(len(obj), *size, dtype=torch.bool, device=objects.boxes.device)
     first = 0
     for i,m in enumerate(objects.masks):
-        m = m[:, step//2::step, step//2::step]; n, h, w = m.shape
+        m = m[:, step//2::step, step//2::step]; n, h, w = m.shape                      # a view: nothing is copied yet
         if h > size[0] or w > size[1]:
             raise InputError(f"targets[{i}]: masks are {tuple(objects.masks[i].shape)}, larger than the image")
-        out[first:first+n,:h,:w] = m.bool(); first += n
+        mine = ((obj >= first) & (obj < first+n)).nonzero().flatten()
+        out[mine,:h,:w] = m.index_select(0, obj[mine]-first).bool(); first += n
     return out
 
 # %% ../nbs/29_condinst.ipynb #n083
@@ -255,8 +257,8 @@ def mask_loss(self:Masks, preds, objects, out)->Tensor:
     logits = mask_logits(features, pairs.image, filters.flatten(0,1)[pairs.cell], preds.points[pairs.loc],
                          pairs.stride, step, self.sizes)
     logits = enlarge(logits, self.upsample)
-    target = mask_targets(objects, logits.shape[1:], round(step/self.upsample))
-    return dice_loss(logits, target[pairs.obj]).sum()/n
+    target = mask_targets(objects, pairs.obj, logits.shape[1:], round(step/self.upsample))
+    return dice_loss(logits, target).sum()/n
 
 @patch
 @torch.no_grad()

@@ -15,7 +15,7 @@ from .geometry import InputError
 from .pairs import nearest_pairs
 from .losses import ClassTable, focal_negative, varifocal_positive, normalizer
 from .methods import Method, HeadSpec, Assignment, in_range
-from .detector import EXP_MAX, Level, Part, Plan, full, precise
+from .detector import EXP_MAX, Level, Part, Plan, full, group_norm, precise
 from .ciou_atss import (EPSILON, anchor_iou, assign_adaptive, check_weight, giou_loss, overlap_formula,
                               predicted_iou, weight_at, weighted_overlaps)
 from .dense import anchors_iou, dense_atss_positives, dense_images
@@ -31,12 +31,14 @@ def star_shifts(
 
 # %% ../nbs/26_vfnet.ipynb #v011
 class StarConv(nn.Conv2d):
-    "3x3 convolution that reads at given points."
-    def __init__(self, channels:int): super().__init__(channels, channels, 3, padding=1, bias=False)
+    "3x3 convolution that reads at given points, and ReLU; GroupNorm between them only if asked for."
+    def __init__(self, channels:int, norm:bool=False):
+        super().__init__(channels, channels, 3, padding=1, bias=False)
+        self.norm = group_norm(channels) if norm else nn.Identity()
     def forward(self, x, shifts): # (B, C, H, W), (B, 18, H, W)
         with torch.autocast(x.device.type, enabled=False):
             w = full(self.weight); y = deform_conv2d(x.to(w.dtype), shifts.to(w.dtype), w, padding=1)
-        return F.relu(y).to(x.dtype)
+        return F.relu(self.norm(y.to(x.dtype))).to(x.dtype)
 
 class Scales(nn.Module):
     "A learned factor for each level."
@@ -46,10 +48,13 @@ class Scales(nn.Module):
 
 class Star(Part):
     "Refinement: reads box and class features at nine points of the coarse box and corrects it (VFNet)."
-    def __init__(self, plan:Plan, slope:float=.1): # share of the gradient that goes through the points
+    def __init__(self, plan:Plan,
+        slope:float=.1,  # share of the gradient that goes through the points
+        norm:bool=False, # GroupNorm between the stars' convolutions and their ReLU? (the release has none)
+    ):
         super().__init__(plan)
         self.slope = in_range('slope', slope, 0, 1)
-        self.box_star, self.cls_star = StarConv(plan.channels), StarConv(plan.channels)
+        self.box_star, self.cls_star = (StarConv(plan.channels, norm) for _ in range(2))
         self.correct = nn.Conv2d(plan.channels, 4, 3, padding=1)
         self.correct_scales = Scales(len(plan.strides))
     def start(self): # as mmdetection: no normalisation follows; deviation 0.01 would leave a narrow head nearly silent
@@ -77,13 +82,14 @@ class VFNet(Method):
         alpha:float=.75, gamma:float=2., # α and γ of the varifocal loss's negatives
         slope:float=.1,       # share of the gradient that goes through the star's points
         reach:float=8.,       # strides from a location to the sides of a new network's coarse box
+        star_norm:bool=False, # GroupNorm in the stars? (not in paper and release)
     ):
         in_range('k', k, 1, 1e6); in_range('anchor_scale', anchor_scale, 1e-3, 1e3)
         in_range('alpha', alpha, 0, 100); in_range('gamma', gamma, 0, 10)
         in_range('coarse_weight', coarse_weight, 0, 1e3); in_range('box_weight', box_weight, 0, 1e3)
         super().__init__(num_classes, HeadSpec(offset=0., cls_prior=.01, box_convs=1, refine='star',
             reads=(('coarse',4),), box_unit=in_range('reach', reach, .01, 1000),
-            options=dict(refine=dict(slope=slope))))
+            options=dict(refine=dict(slope=slope, norm=star_norm))))
         self.anchor_weight = check_weight('anchor_weight', anchor_weight)
         self.pred_weight = check_weight('pred_weight', pred_weight)
         if anchor_weight == pred_weight == 0:

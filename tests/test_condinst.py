@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from ala_nb import evaluate as E, predict as P, train as T
+from ala_nb import condinst
 from ala_nb.condinst import CondInst, dice_loss, enlarge, mask_targets, share_out
 from ala_nb.data import load_dataset, save_coco
 from ala_nb.detector import Detector, load_detector
@@ -68,6 +69,18 @@ def test_a_crowd_draws_no_more_than_was_said():
     pairs = m.method.drawing_pairs(preds.full_precision(), out)
     assert int((out.weights['pos']>0).sum()) > 60 and len(pairs) == 20 and pairs.lengths.max() == 1
     assert out.losses['loss_mask'].isfinite()
+
+@pytest.mark.parametrize('limit', [20, 10**6])
+def test_targets_are_made_for_what_draws_only(limit, monkeypatch):
+    "The loss is that of all objects' targets, gathered, but no tensor has a row for an object that does not draw."
+    m = model('condinst', masks_per_image=limit).train(); images, targets = batch(((128,128),(96,64)), (300,3))
+    seen, make = [], condinst.mask_targets
+    def watched(objects, obj, size, step):
+        out = make(objects, obj, size, step); every = make(objects, torch.arange(len(objects)), size, step)
+        seen.append((out.shape[0], len(objects))); assert torch.equal(out, every[obj]); return out
+    monkeypatch.setattr(condinst, 'mask_targets', watched)
+    out, preds = m.assign(images, targets); drawn = len(m.method.drawing_pairs(preds.full_precision(), out))
+    assert seen == [(drawn, 303)] and out.losses['loss_mask'].isfinite() and (drawn <= 2*limit)
 
 def test_sharing_out_against_a_loop():
     g = torch.Generator().manual_seed(0)

@@ -53,7 +53,8 @@ def losses_of(path): return [[float(v) for k,v in r.items() if k.startswith('los
 TWENTY = dict(train_images=13, batch_size=4, steps=20, eval_every=0, log_every=1, threads=1, seed=3)
 
 @pytest.mark.parametrize('knobs', [dict(method='fcos'), dict(method='autoassign'), dict(method='dw', accumulate=2),
-                                   dict(method='poto', method_options=['max_filter=True', 'aux=atss']), dict(method='gflv2'), dict(method='vfnet')])
+                                   dict(method='poto', method_options=['max_filter=True', 'aux=atss']), dict(method='gflv2'), dict(method='vfnet'),
+                                   dict(method='tood', method_options=['warmup=0.5'])])
 def test_two_processes_train_as_one(knobs, monkeypatch):
     "20 steps; 13 images in batches of 4, so that the last one has a single image and a process without any."
     in_float64(monkeypatch)
