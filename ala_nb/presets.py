@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'RECIPE', 'AUTHORS', 'FROZEN', 'LAST', 'PLAIN', 'DCN', 'NETS', 'MS', 'WIDE', 'PRESETS', 'TESTDEV',
-           'MSTEST', 'VOC', 'BOTH', 'C5', 'ANCHORS', 'STAGES_4_5', 'NO_BIAS', 'P7', 'VFNET', 'TOOD', 'AUX', 'RELU',
-           'CROWD', 'MANY', 'ADAM', 'CONDINST', 'FINE', 'between', 'Preset', 'merged', 'add', 'find_preset',
+           'MSTEST', 'VOC', 'BOTH', 'C5', 'ANCHORS', 'RELEASED', 'STAGES_4_5', 'NO_BIAS', 'P7', 'VFNET', 'TOOD', 'AUX',
+           'RELU', 'CROWD', 'MANY', 'ADAM', 'CONDINST', 'FINE', 'between', 'Preset', 'merged', 'add', 'find_preset',
            'preset_knobs', 'presets_table']
 
 # %% ../nbs/21_presets.ipynb #p002
@@ -107,19 +107,20 @@ add('autoassign_widerface', 'AutoAssign, Table 7', '49.5 val', 'r50', '1x', 'aut
     dict(train_split='train', val_split='val'), needs='WIDER FACE in COCO form')
 
 # %% ../nbs/21_presets.ipynb #p033
-ANCHORS = merged(AUTHORS, FROZEN, dict(detector_options=dict(head_options=dict(box_activation='anchor', box_bias=0.),
-                                                             p7_relu=False)))
+ANCHORS = merged(AUTHORS, FROZEN, dict(detector_options=dict(
+    head_options=dict(box_activation='anchor', box_bias=0.), p7_relu=False, select_by='class')))
+RELEASED = dict(variant='released')
 for net,schedule,ap,atss in (('r50','1x','40.3','39.2'), ('r50_dcn','1x','44.4','43.0'), ('r101','2x','44.7','43.6'),
                              ('r101_dcn','2x','47.3','46.3')):
     own, name = ((MS,), f'{net}_2x_ms') if schedule == '2x' else ((), f'{net}_1x')
     if net.endswith('dcn'): own = own + (LAST,)
-    add(f'dynamic_atss_{name}', 'Combined IoUs, Table IV', f'{ap} test-dev', net, schedule, 'ciou_atss', None,
+    add(f'dynamic_atss_{name}', 'Combined IoUs, Table IV', f'{ap} test-dev', net, schedule, 'ciou_atss', RELEASED,
         ANCHORS, *own, needs=TESTDEV)
-    add(f'atss_{name}', 'ATSS, in Combined IoUs, Table IV', f'{atss} test-dev', net, schedule, 'atss', None, ANCHORS,
+    add(f'atss_{name}', 'ATSS, in Combined IoUs, Table IV', f'{atss} test-dev', net, schedule, 'atss', RELEASED, ANCHORS,
         *own, needs=TESTDEV)
 STAGES_4_5 = dict(detector_options=dict(backbone_options=dict(deformable=(4,5))))
 for net,ap,own in (('x101','45.6',()), ('x101_dcn','47.7',(LAST, STAGES_4_5))):
-    add(f'atss_{net}_2x_ms', 'ATSS, in AutoAssign, Table 6', f'{ap} test-dev', net, '2x', 'atss', None, ANCHORS, MS,
+    add(f'atss_{net}_2x_ms', 'ATSS, in AutoAssign, Table 6', f'{ap} test-dev', net, '2x', 'atss', RELEASED, ANCHORS, MS,
         *own, needs=TESTDEV)
 
 # %% ../nbs/21_presets.ipynb #p033b
@@ -151,7 +152,7 @@ add('dw_refine_r50_1x', 'DW, Table 6', '42.2 val', 'r50', '1x', 'dw', dict(refin
 
 # %% ../nbs/21_presets.ipynb #p037
 AUX = dict(max_filter=True, aux='atss')
-RELU = dict(detector_options=dict(head_options=dict(box_activation='relu', box_bias=1.)))
+RELU = dict(detector_options=dict(head_options=dict(box_activation='relu')))
 for match,alpha,ap in (('add',0.,'35.3'), ('add',.6,'37.9'), ('add',.8,'36.7'), ('add',1.,'10.6'),
                        ('multiply',0.,'35.5'), ('multiply',.6,'38.1'), ('multiply',.8,'39.0'), ('multiply',1.,'10.4')):
     add(f'o2f_r50_1x_{match}_{alpha:g}', 'o2f, Table 4', f'{ap} val', 'r50', '1x', 'o2f',
@@ -195,7 +196,7 @@ add('fcos_crowdhuman', 'FCOS, in o2f, Table 8', 'AP 86.1, miss rate 55.2', 'r50'
     MANY, ADAM, needs='CrowdHuman; evaluate --metrics crowdhuman')
 for net,ap in dict(r101='41.5', x101='44.7').items():
     add(f'fcos_{net}_2x_ms', 'FCOS, in AutoAssign, Table 6, and DW, Table 7', f'{ap} test-dev', net, '2x', 'fcos',
-        None, AUTHORS, FROZEN, RELU, MS, needs=TESTDEV)
+        None, AUTHORS, FROZEN, RELU, dict(detector_options=dict(select_by='class')), MS, needs=TESTDEV)
 
 # %% ../nbs/21_presets.ipynb #p039
 CONDINST = dict(warmup=500, bias_lr=2., bias_decay=0., norm_decay=1.)                     # o2f's configuration of it
