@@ -117,8 +117,8 @@ for net,schedule,ap,atss in (('r50','1x','40.3','39.2'), ('r50_dcn','1x','44.4',
     if net.endswith('dcn'): own = own + (LAST,)
     add(f'dynamic_atss_{name}', 'Combined IoUs, Table IV', f'{ap} test-dev', net, schedule, 'ciou_atss', RELEASED,
         ANCHORS, *own, needs=TESTDEV)
-    add(f'atss_{name}', 'ATSS, in Combined IoUs, Table IV', f'{atss} test-dev', net, schedule, 'atss', RELEASED, ANCHORS,
-        *own, needs=TESTDEV)
+    add(f'atss_{name}', 'ATSS, in Combined IoUs, Table IV', f'{atss} test-dev', net, schedule, 'atss', RELEASED,
+        ANCHORS, *own, needs=TESTDEV)
 STAGES_4_5 = dict(detector_options=dict(backbone_options=dict(deformable=(4,5))))
 for net,ap,own in (('x101','45.6',()), ('x101_dcn','47.7',(LAST, STAGES_4_5))):
     add(f'atss_{net}_2x_ms', 'ATSS, in AutoAssign, Table 6', f'{ap} test-dev', net, '2x', 'atss', RELEASED, ANCHORS, MS,
