@@ -96,10 +96,39 @@ class StarConv(nn.Conv2d):
     def __init__(self, into, out, kernel_size, stride, padding): super().__init__(into, out, kernel_size, stride, padding, bias=False)
     def forward(self, x, offset): return torchvision.ops.deform_conv2d(x, offset, self.weight, padding=self.padding)
 
+@contextmanager
+def no_sigmoid():
+    "GFL's head takes the sigmoid of class maps; GFLV2's maps are scores already."
+    old = torch.Tensor.sigmoid
+    torch.Tensor.sigmoid = lambda self: self
+    try: yield
+    finally: torch.Tensor.sigmoid = old
+
+def gflv2_head():
+    "GFLV2's head on mmdetection's GFL: its release is not a part of mmdetection, but differs from GFL by these lines (GFocalHead)."
+    from mmdet.models.dense_heads import GFLHead
+    class GFLV2Head(GFLHead):
+        def _init_layers(self):
+            super()._init_layers()
+            self.reg_conf = nn.Sequential(nn.Conv2d(4*5, 64, 1), nn.ReLU(), nn.Conv2d(64, 1, 1), nn.Sigmoid())
+        def forward_single(self, x, scale):
+            logits, z = super().forward_single(x, scale)
+            if x.shape[-2:] == self.first: self.logits = []
+            self.logits.append(logits)
+            best = z.reshape(len(z), 4, self.reg_max+1, *z.shape[2:]).softmax(2).topk(4, 2)[0]
+            numbers = torch.cat([best, best.mean(2, keepdim=True)], 2)
+            return torch.sigmoid(logits)*self.reg_conf(numbers.reshape(len(z), -1, *z.shape[2:])), z
+        def forward(self, x): self.first = x[0].shape[-2:]; return super().forward(x)
+        def loss_by_feat_single(self, *args, **kwargs):
+            with no_sigmoid(): return super().loss_by_feat_single(*args, **kwargs)
+        def _predict_by_feat_single(self, *args, **kwargs):
+            with no_sigmoid(): return super()._predict_by_feat_single(*args, **kwargs)
+    return GFLV2Head
+
 def settings(name:str)->dict:
     "mmdetection's model settings, its published ones but for depth and width."
     name = name.removesuffix('_mixed')
-    caffe = name not in ('atss', 'gfl', 'vfnet', 'condinst', 'condinst_few')
+    caffe = name not in ('atss', 'gfl', 'gflv2', 'vfnet', 'condinst', 'condinst_few')
     focal = dict(type='FocalLoss', use_sigmoid=True, gamma=2., alpha=.25, loss_weight=1.)
     bce = dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.)
     depth = 50 if name == 'autoassign' else 18
@@ -108,16 +137,16 @@ def settings(name:str)->dict:
              backbone=dict(type='ResNet', depth=depth, num_stages=4, out_indices=(0, 1, 2, 3), frozen_stages=1, norm_cfg=dict(type='BN', requires_grad=not caffe),
                            norm_eval=True, style='caffe' if depth == 50 else 'pytorch'),
              neck=dict(type='FPN', in_channels=[256, 512, 1024, 2048] if depth == 50 else [64, 128, 256, 512], out_channels=64, start_level=1,
-                       add_extra_convs='on_input' if name == 'autoassign' else 'on_output', num_outs=5, relu_before_extra_convs=name not in ('atss', 'gfl')),
+                       add_extra_convs='on_input' if name == 'autoassign' else 'on_output', num_outs=5, relu_before_extra_convs=name not in ('atss', 'gfl', 'gflv2')),
              test_cfg=dict(nms_pre=1000, min_bbox_size=0, score_thr=.05, nms=dict(type='nms', iou_threshold=.5 if name == 'fcos_v1' else .6), max_per_img=100))
     strides = [8, 16, 32, 64, 128]
     if name == 'autoassign':
         return dict(c, type='AutoAssign', bbox_head=dict(type='AutoAssignHead', num_classes=K, strides=strides, loss_bbox=dict(type='GIoULoss', loss_weight=5.), **HEAD))
     train = dict(assigner=dict(type='ATSSAssigner', topk=9), allowed_border=-1, pos_weight=-1, debug=False)
     anchors = dict(type='AnchorGenerator', ratios=[1.], octave_base_scale=8, scales_per_octave=1, strides=strides)
-    if name == 'gfl':
-        return dict(c, type='GFL', train_cfg=train, bbox_head=dict(type='GFLHead', num_classes=K, anchor_generator=anchors, reg_max=16, loss_bbox=dict(type='GIoULoss', loss_weight=2.),
-            loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True, beta=2., loss_weight=1.), loss_dfl=dict(type='DistributionFocalLoss', loss_weight=.25), **HEAD))
+    if name.startswith('gfl'):
+        return dict(c, type='GFL', train_cfg=train, bbox_head=dict(type='GFLHead' if name == 'gfl' else 'GFLV2Head', num_classes=K, anchor_generator=anchors, reg_max=16, loss_bbox=dict(type='GIoULoss', loss_weight=2.),
+            loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True, activated=name == 'gflv2', beta=2., loss_weight=1.), loss_dfl=dict(type='DistributionFocalLoss', loss_weight=.25), **HEAD))
     if name == 'vfnet':
         return dict(c, type='VFNet', train_cfg=train, bbox_head=dict(type='VFNetHead', num_classes=K, strides=strides, loss_bbox=dict(type='GIoULoss', loss_weight=1.5),
             loss_bbox_refine=dict(type='GIoULoss', loss_weight=2.), **HEAD))
@@ -143,13 +172,14 @@ class MMDet:
     def __init__(self, name:str):
         import_mmdet(); self.name = name
         from mmdet.registry import MODELS
+        if name == 'gflv2': MODELS.register_module(module=gflv2_head(), force=True)
         from mmengine.config import ConfigDict
         self.model = MODELS.build(ConfigDict(settings(name))).double()
         prior = getattr(self.model.bbox_head, 'atss_prior_generator', self.model.bbox_head.prior_generator)
         prior.grid_priors = functools.partial(prior.grid_priors, dtype=torch.float64)
         for k, v in settings(name)['data_preprocessor'].items():            # not rounded to float32
             if k in ('mean', 'std'): setattr(self.model.data_preprocessor, k, torch.tensor(v, dtype=torch.float64).view(3, 1, 1))
-        if name == 'gfl':                                                   # its targets take the dtype of the weights, which are float32
+        if name.startswith('gfl'):                                          # its targets take the dtype of the weights, which are float32
             one, head = self.model.bbox_head.loss_by_feat_single, self.model.bbox_head
             head.loss_by_feat_single = lambda anchors, cls, box, labels, weights, *a, **k: one(anchors, cls, box, labels, weights.double(), *a, **k)
         self.state = fill(self.model)
@@ -185,6 +215,7 @@ class MMDet:
 
     def head(self): # class, box and third (GFL: distributions, VFNet: refined boxes) maps of the last call, in training
         o = [list(x) for x in self.outs['o']]
+        if self.name == 'gflv2': o[0] = self.model.bbox_head.logits
         return o[0], o[1], o[min(2, len(o)-1)]
 
 
@@ -218,11 +249,11 @@ class TorchVision:
         cut = lambda x: [y.transpose(1, 2).reshape(len(y), -1, *s) for y, s in zip(x.split([h*w for h, w in sizes], 1), sizes)]
         return [cut(o[k]) for k in ('cls_logits', 'bbox_regression', 'bbox_ctrness')]
 
-CASES = dict(autoassign=MMDet, fcos_v1=MMDet, fcos=MMDet, atss=MMDet, condinst=MMDet, condinst_few=MMDet, atss_mixed=MMDet, gfl=MMDet, vfnet=MMDet, torchvision=TorchVision)
+CASES = dict(autoassign=MMDet, fcos_v1=MMDet, fcos=MMDet, atss=MMDet, condinst=MMDet, condinst_few=MMDet, atss_mixed=MMDet, gfl=MMDet, gflv2=MMDet, vfnet=MMDet, torchvision=TorchVision)
 
 # ---- ours beside them
 
-STYLE = dict(autoassign='caffe', fcos_v1='caffe', fcos='caffe', atss='pytorch', condinst='pytorch', condinst_few='pytorch', atss_mixed='pytorch', gfl='pytorch', vfnet='pytorch', torchvision='pytorch')
+STYLE = dict(autoassign='caffe', fcos_v1='caffe', fcos='caffe', atss='pytorch', condinst='pytorch', condinst_few='pytorch', atss_mixed='pytorch', gfl='pytorch', gflv2='pytorch', vfnet='pytorch', torchvision='pytorch')
 LOSSES = dict(loss_reg='loss_bbox', loss_branch='loss_centerness') # ours -> theirs
 VFNET = dict(loss_coarse='loss_bbox', loss_reg='loss_bbox_rf')
 
@@ -251,7 +282,7 @@ def apart(a, b): # largest difference, relative to the largest value
 def gradients(model, wanted): return {k: p.grad for k, p in model.named_parameters() if p.grad is not None and k in wanted}
 
 def third(name, preds): # (B, C, P): what stands beside class and box
-    if name == 'gfl': return preds.extras['bins'].transpose(1, 2)
+    if name.startswith('gfl'): return preds.extras['bins'].transpose(1, 2)
     return preds.distance_planes if name == 'vfnet' else preds.obj_logits[:, None]
 
 def watched(model):
