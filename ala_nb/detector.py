@@ -463,6 +463,8 @@ def refine_distances(
     shift:Tensor,     # (B, 8, H, W) cells: x and y displacement of the left, top, right, bottom side point
     stride:float,     # px
     how:str='deform', # 'deform' or 'bilinear'
+    outside:str='own', # 'deform': what a cell outside the map says: 'own', this side itself, or 'zero' px, as released
+    offset:float=.5,  # where in its cell a location lies, strides
 )->Tensor: # (B, 4, H, W) px, >= 0
     "Distances read at learned boundary points (DW, Eqs. 9-10, minus for left and top)."
     b,_,h,w = distances.shape
@@ -479,10 +481,12 @@ def refine_distances(
         x, y = x.clamp(0, w-1), y.clamp(0, h-1)
         out = sign*(is_x*x + (1-is_x)*y - here) + sample_planes(d, x, y) # the way there, and what is said there: Eq. 10
     else:
+        here = here + offset
         side = here + sign*d
-        # share of the interpolation's weight that lies in the map
-        inside = sample_planes(torch.ones_like(side), x, y, 'zeros')
-        out = sign*(sample_planes(side, x, y, 'zeros') + (1-inside)*side - here)
+        read = sample_planes(side, x, y, 'zeros')
+        # share of the interpolation's weight that lies outside the map
+        if outside == 'own': read = read + (1 - sample_planes(torch.ones_like(side), x, y, 'zeros'))*side
+        out = sign*(read - here)
     return F.relu(out)*stride
 
 # %% ../nbs/05_detector.ipynb #c037
@@ -601,13 +605,15 @@ class ThirdBranch(Part):
 
 class BoundaryPoints(Part):
     "Refined distances, read at learned boundary points (DW)."
-    def __init__(self, plan:Plan):
+    def __init__(self, plan:Plan, outside:str='own'): # or 'zero', see `refine_distances`
         super().__init__(plan)
+        self.outside = choice('outside', outside, ('own','zero'))
         self.shift = nn.Conv2d(plan.channels, 8, 3, padding=1)
     def level(self, at):
         shift = full(self.shift(at.where))
         at.extras['coarse'] = at.distances
-        with precise(at): at.distances = refine_distances(at.distances, shift, at.stride, self.plan.spec.refine)
+        with precise(at): at.distances = refine_distances(at.distances, shift, at.stride, self.plan.spec.refine,
+                                                          self.outside, self.plan.spec.offset)
 
 class Property(Part):
     "ALA's foreground and background map."
@@ -967,6 +973,13 @@ def our_names(
         if name is not None and source == 'cvpods':
             name = re.sub(r'conv(\d)\.norm\.', r'bn\1.', name).replace(
                 '.shortcut.norm.', '.downsample.1.').replace('.shortcut.', '.downsample.0.')
+        # the ATSS authors' deformable convolutions are two modules; their fixed normalisation adds nothing to variances
+        if name is not None and source == 'atss':
+            name = re.sub(r'(conv2|_tower\.\d+)\.offset\.', r'\1.conv_offset.', name)
+            name = re.sub(r'(conv2|_tower\.\d+)\.conv\.', r'\1.', name)
+            if name.endswith('running_var'): v = v - 1e-5
+        if name is not None and name.startswith('head.shift.'):                # DW says y first
+            v = v.unflatten(0, (4,2)).flip(1).flatten(0,1)
         if name is None: left.append(k)
         elif m := re.match(r'(head\.(?:scales|correct_scales\.factor))\.(\d)$', name):
             scales.setdefault(m[1], {})[int(m[2])] = v.reshape(())

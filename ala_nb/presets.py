@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'RECIPE', 'AUTHORS', 'BY_CLASS', 'FROZEN', 'LAST', 'PLAIN', 'DCN', 'NETS', 'MS', 'WIDE', 'PRESETS',
            'TESTDEV', 'MSTEST', 'VOC', 'BOTH', 'C5', 'ANCHORS', 'RELEASED', 'STAGES_4_5', 'NO_BIAS', 'P7', 'VFNET',
-           'TOOD', 'AUX', 'RELU', 'CROWD', 'MANY', 'ADAM', 'CONDINST', 'FINE', 'between', 'Preset', 'merged', 'add',
-           'find_preset', 'preset_knobs', 'presets_table']
+           'ZERO', 'TOOD', 'AUX', 'RELU', 'CROWD', 'MANY', 'ADAM', 'CONDINST', 'FINE', 'between', 'Preset', 'merged',
+           'add', 'find_preset', 'preset_knobs', 'presets_table']
 
 # %% ../nbs/21_presets.ipynb #p002
 import difflib, json
@@ -108,8 +108,8 @@ add('autoassign_widerface', 'AutoAssign, Table 7', '49.5 val', 'r50', '1x', 'aut
     dict(train_split='train', val_split='val'), needs='WIDER FACE in COCO form')
 
 # %% ../nbs/21_presets.ipynb #p033
-ANCHORS = merged(AUTHORS, FROZEN, BY_CLASS, dict(detector_options=dict(
-    head_options=dict(box_activation='anchor', box_bias=0.), p7_relu=False)))
+ANCHORS = merged(AUTHORS, FROZEN, BY_CLASS,
+                 dict(detector_options=dict(head_options=dict(box_activation='anchor', box_bias=0.))))
 RELEASED = dict(variant='released')
 for net,schedule,ap,atss in (('r50','1x','40.3','39.2'), ('r50_dcn','1x','44.4','43.0'), ('r101','2x','44.7','43.6'),
                              ('r101_dcn','2x','47.3','46.3')):
@@ -137,11 +137,12 @@ for net,ap in dict(r101='45.0', r101_dcn='47.3').items():
         between(480, 800), needs=TESTDEV)
 
 # %% ../nbs/21_presets.ipynb #p035
+ZERO = dict(detector_options=dict(head_options=dict(options=dict(refine=dict(outside='zero')))))  # beyond the map
 for net,ap,refined in (('r101','46.2','46.8'), ('r101_dcn','49.3','49.5'), ('x101','48.2','48.7')):
     more = (WIDE, LAST) if net.endswith('dcn') else (WIDE,)
     add(f'dw_{net}_2x_ms', 'DW, Table 7', f'{ap} test-dev', net, '2x', 'dw', None, *more, needs=TESTDEV)
-    add(f'dw_refine_{net}_2x_ms', 'DW, Table 7', f'{refined} test-dev', net, '2x', 'dw', dict(refine='deform'), *more,
-        needs=TESTDEV)
+    add(f'dw_refine_{net}_2x_ms', 'DW, Table 7', f'{refined} test-dev', net, '2x', 'dw', dict(refine='deform'), ZERO,
+        *more, needs=TESTDEV)
 add('dw_toodhead_x101_2x_ms', 'DW, Table 7 *', '49.8 test-dev', 'x101', '2x', 'dw', dict(task_head=True), WIDE,
     needs=TESTDEV)
 TOOD = dict(warmup=500, norm_decay=1., detector_options=dict(p7_relu=False))
@@ -149,7 +150,7 @@ add('tood_x101_2x_ms', 'TOOD, in DW, Table 7', '48.3 test-dev', 'x101', '2x', 't
     between(480, 800), needs=TESTDEV)
 add('tood_plainhead_r50_1x', 'TOOD, in DW, Table 6', '40.3 val', 'r50', '1x', 'tood', dict(task_head=False), TOOD)
 add('dw_r50_1x', 'DW, Tables 4 – 6', '41.5 val', 'r50', '1x', 'dw')
-add('dw_refine_r50_1x', 'DW, Table 6', '42.2 val', 'r50', '1x', 'dw', dict(refine='deform'))
+add('dw_refine_r50_1x', 'DW, Table 6', '42.2 val', 'r50', '1x', 'dw', dict(refine='deform'), ZERO)
 
 # %% ../nbs/21_presets.ipynb #p037
 AUX = dict(max_filter=True, aux='atss')

@@ -133,7 +133,7 @@ def settings(name:str)->dict:
     bce = dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.)
     depth = 50 if name == 'autoassign' else 18
     c = dict(data_preprocessor=dict(type='DetDataPreprocessor', pad_size_divisor=32, bgr_to_rgb=not caffe, **(
-                 dict(mean=[103.53, 116.28, 123.675], std=[1.]*3) if caffe else dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375]))),
+                 dict(mean=[102.9801, 115.9465, 122.7717] if name in ('fcos_v1', 'autoassign') else [103.53, 116.28, 123.675], std=[1.]*3) if caffe else dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375]))),
              backbone=dict(type='ResNet', depth=depth, num_stages=4, out_indices=(0, 1, 2, 3), frozen_stages=1, norm_cfg=dict(type='BN', requires_grad=not caffe),
                            norm_eval=True, style='caffe' if depth == 50 else 'pytorch'),
              neck=dict(type='FPN', in_channels=[256, 512, 1024, 2048] if depth == 50 else [64, 128, 256, 512], out_channels=64, start_level=1,

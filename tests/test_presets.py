@@ -121,11 +121,11 @@ MMDET = dict(SGD, norm_decay=1., warmup=500)                     # its schedule_
 MASKRCNN = dict(SGD, norm_decay=1., bias_lr=2., bias_decay=0., warmup=500, warmup_shape='constant', warmup_start=1/3, norm='frozen')   # maskrcnn-benchmark
 ONE, TWO, THREE = dict(epochs=12, drops=(8, 11), scales=None), dict(epochs=24, drops=(16, 22)), dict(epochs=36, drops=(24, 33))
 DEFORMED = dict(deform_last=True, deformable=(3, 4, 5))
-ANCHOR = dict(p7_relu=False, box_activation='anchor', box_bias=0., p6_from=None, select_by='class', method_options=dict(variant='released'))
+ANCHOR = dict(p7_relu=None, box_activation='anchor', box_bias=0., p6_from=None, select_by='class', method_options=dict(variant='released'))
 IMPROVED = dict(box_activation='relu', box_bias=None, select_by='class', method='fcos', method_options={}, p6_from=None)   # centre sampling 1.5, GIoU, centre-ness on the box tower: our defaults
 RELEASES = [
     ('dw_r50_1x', 'strongwolf/DW configs/dw_r50_fpn_worefine_1x_coco.py', dict(NO_NORM_DECAY, **ONE, norm='eval', method_options={})),
-    ('dw_refine_r50_1x', 'strongwolf/DW configs/dw_r50_fpn_1x_coco.py', dict(NO_NORM_DECAY, **ONE, norm='eval', method_options=dict(refine='deform'))),
+    ('dw_refine_r50_1x', 'strongwolf/DW configs/dw_r50_fpn_1x_coco.py', dict(NO_NORM_DECAY, **ONE, norm='eval', method_options=dict(refine='deform'), options=dict(refine=dict(outside='zero')))),
     ('dw_r101_2x_ms', 'strongwolf/DW configs/dw_r101_fpn_worefine_mstrain_2x_coco.py', dict(NO_NORM_DECAY, **TWO, scales=(480, 960), deform_last=None)),
     ('dw_refine_r101_dcn_2x_ms', 'strongwolf/DW configs/dw_r50_fpn_dconv_c3-c5_mstrain_2x_coco.py', dict(NO_NORM_DECAY, **TWO, scales=(480, 960), **DEFORMED)),
     ('o2f_r50_1x', 'strongwolf/o2f configs/r50_1x.py', dict(NO_NORM_DECAY, **ONE, norm='eval', method_options=dict(third_convs=3))),

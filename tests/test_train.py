@@ -224,7 +224,7 @@ def fails(args, code, *texts, capsys):
     (['--amp','fp8'], ['amp']),
     (['--milestones','.5','2'], ['milestones','below 1']), (['--compile','perhaps'], ['compile']), (['word'], ['word']),
     (['--method_options','K'], ['key=value']), (['--method_options','kk=7'], ['kk']), (['--detector_options','chanels=7'], ['chanels']),
-    (['--method_options','ranges=(24,48,96,200)'], ['ranges','3 levels']), (['--method_options','name=x'], ['name']),
+    (['--method','fcos','--method_options','ranges=(24,48,96,200)'], ['ranges','3 levels']), (['--method_options','name=x'], ['name']),
     (['--method_options','num_classes=3'], ['num_classes']), (['--data_options','split=val'], ['split']),
     (['--size','480','--max_size','100','--scales','40','56'], ['480','max_size 100']),
     (['--size','1'], ['size','2']), (['--lr','1e39'], ['lr','at most 1e+30']),
