@@ -68,7 +68,7 @@ def nearer(
     return torch.lerp(target, pred, share)
 
 def floored(x:Tensor, least:float)->Tensor:
-    "max(x, least) (...); relu's backward pass is many times as fast as clamp's on a CPU."
+    "max(x, least) (...); relu's backward pass is faster than clamp's on a CPU."
     return torch.relu(x - least) + least
 
 def distance_overlap(

@@ -88,7 +88,7 @@ def varifocal_positive(
     return target*F.binary_cross_entropy_with_logits(logits, target, reduction='none')
 
 # %% ../nbs/02_losses.ipynb #c017
-_counts = [1.]                     # 0 while this process computes an image that is none
+_counts = [1.] # 0 while this process has no image of the batch and computes a blank one in its place
 
 @contextlib.contextmanager
 def uncounted():

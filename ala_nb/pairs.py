@@ -242,7 +242,7 @@ def topk(self:Pairs, x:Tensor, k:int)->Tensor:
     return self.rank(x) < k
 
 # %% ../nbs/01_pairs.ipynb #c026
-FAR = -60. # floor of log G: as good as 0. A CPU's exp is ten times slower where float32 cannot hold the result in full
+FAR = -60. # floor of log G: as good as 0. A CPU's exp is much slower where float32 cannot hold the result in full
 
 @patch
 def gaussian(self:Pairs,
@@ -447,7 +447,9 @@ def distances(self:Pairs, preds:Predictions)->Tensor: # (E, 4) px
 
 @patch
 def third(self:Pairs, preds:Predictions)->Tensor: # (E,)
-    "Third-branch logits (objectness, center-ness or IoU) at every pair, with gradient."
+    "Third-branch logits (objectness, center-ness or IoU) at every pair, with gradient; `InputError` if there are none."
+    if preds.obj_logits is None: raise InputError(
+        "obj_logits: missing; a method that reads them asks for a branch: HeadSpec(third='objectness')")
     return self.gather(preds.obj_logits[:,None])[0]
 
 # %% ../nbs/01_pairs.ipynb #c065
