@@ -543,6 +543,7 @@ def why(
     image:int=0, # of the batch
     obj:int=0,   # of the image
     n:int=3,     # neighbors on the same level
+    also=(),     # names of further weights, such as 'quality'
 )->str: # a table to print: place, factors, weights
     "What decided at an object's candidate of the largest positive weight, at its neighbors, and on the other levels."
     xy, level, w, loc = bag(out, 'pos', image, obj)
@@ -553,7 +554,7 @@ def why(
     near = np.argsort(far, kind='stable'); others = [i for i in near if level[i] == level[best] and i != best][:n]
     others += [next(i for i in near if level[i] == l) for l in sorted(set(level.tolist()) - {level[best]})]
     stride = np.asarray(steps_of(out.pairs))[level]
-    names = [k for k in out.factors] + [k for k in ('pos','neg') if k in out.weights]
+    names = [*out.factors, *also] + [k for k in ('pos','neg') if k in out.weights]
     columns = {'stride': stride, 'x, px': xy[:,0], 'y, px': xy[:,1],
                **{k: as_array({**out.factors, **out.weights}[k][mine]) for k in names}}
     table = [list(columns)] + [[f'{c[i]:.3g}' for c in columns.values()] for i in (best, *others)]
@@ -762,7 +763,7 @@ def alive(
     still:bytes, # the PNG to begin with
 ): # a box of ipywidgets
     "The controls in a column, the picture to the right of them or, where the page is narrow, below."
-    from ipywidgets import Accordion, HBox, HTML, Image as Shown, Layout, VBox
+    from ipywidgets import HBox, HTML, Image as Shown, Layout, ToggleButton, VBox
     self.widgets = {k: c.widget(tooltip=c.label, layout=Layout(width='auto')) for k,c in self.controls.items()}
     rows = [VBox([HTML(html.escape(c.label), layout=Layout(margin='6px 2px -6px')), self.widgets[k]],
                  layout=Layout(overflow='visible')) for k,c in self.controls.items()]
@@ -778,8 +779,11 @@ def alive(
         self.line.value = '<br>'.join(f'{html.escape(self.controls[k].label)}: {html.escape(v)}' for k,v in why.items())
         for k in self.idle: self.widgets[k].disabled = k in why
     for k,w in self.widgets.items(): w.observe(functools.partial(changed, name=k), 'value')
-    told(); rest = rows[self.sight:]
-    fold = [Accordion([VBox(rest)], titles=('More',), selected_index=None)] if rest else []
+    told(); rest, fold = VBox(rows[self.sight:], layout=Layout(display='none')), []
+    if rest.children:
+        more = ToggleButton(False, description='More controls', layout=Layout(width='auto', margin='6px 2px'))
+        more.observe(lambda change: setattr(rest.layout, 'display', None if change['new'] else 'none'), 'value')
+        fold = [VBox([more, rest])]               # a button, which the keyboard reaches; an Accordion's title it does not
     column = VBox([*rows[:self.sight], *fold, self.line], layout=Layout(width='23em', flex='0 0 auto'))
     self.box = HBox([column, HBox([self.shown], layout=Layout(flex='1 1 24em', min_width='0'))],
                     layout=Layout(flex_flow='row wrap'))

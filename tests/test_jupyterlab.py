@@ -87,3 +87,16 @@ def test_sliders_move_by_keyboard_and_a_saved_notebook_keeps_the_still(page, lab
         saved['cells'][0]['source'] = words; file = lab[1]/f'{name}.ipynb'; file.write_text(json.dumps(saved), encoding='utf-8')
         if name == 'trusted': subprocess.run([sys.executable, '-m', 'jupyter', 'trust', str(file)], env=lab[2], check=True)
         opened(page, lab, name)
+
+def test_controls_that_are_folded_away_open_by_keyboard(page, lab):
+    cell = lambda text, **more: dict(cell_type='code', id=f'c{len(text)}', metadata={}, source=text, outputs=[], execution_count=None)
+    text = """turn(lambda **k: show_weights(s.assign(), None, 0, 0, 'pos', width=1+sum(k.values())/9), **{f'a{i}': Slider(f'number {i}', 0, 0, 1) for i in range(7)})"""
+    cells = [cell('from ala_nb.show import Slider, show_weights, turn'), cell("from ala_nb.snapshots import load\ns = load('fcos')"), cell('1'), cell('22'), cell(text)]
+    (lab[1]/'folded.ipynb').write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='Python 3')), nbformat=4, nbformat_minor=5)), encoding='utf-8')
+    page.goto(f'{lab[0]}/lab/tree/folded.ipynb?token=t&reset'); ran(page)
+    box = page.locator('.jp-OutputArea-output .turn-box'); picture, handles = box.locator('img.widget-image'), box.locator('.noUi-handle:visible')
+    api.expect(handles).to_have_count(5, timeout=PATIENCE); handles.last.focus(); page.keyboard.press('Tab')
+    if page.evaluate("document.activeElement.tagName") != 'BUTTON': page.keyboard.press('Tab')      # the slider's number is a stop of its own
+    page.keyboard.press('Enter'); api.expect(handles).to_have_count(7, timeout=PATIENCE)
+    before = picture.get_attribute('src'); handles.last.focus(); page.keyboard.press('End'); api.expect(picture).not_to_have_attribute('src', before, timeout=PATIENCE)
+    assert not page.said
