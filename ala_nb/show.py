@@ -715,10 +715,10 @@ class Menu:
 # A saved notebook names the controls of a kernel that is gone. JupyterLab then says "model not found"; this shows the
 # still in its place. Where styles are taken out, in a notebook that is not trusted, nothing of it is seen.
 RESCUE = '''<div class="turn-still"><img width="0" height="0" alt="" src="data:image/png;base64,PNG"></div><style>
-.turn-still img { width: auto; height: auto; max-width: 100% }
-.jp-OutputArea:has(.turn-still) > .jp-OutputArea-child:has(VIEW:not(:has(.turn-box))),
-.jp-OutputArea:not(:has(VIEW:not(:has(.turn-box)))) > .jp-OutputArea-child:has(.turn-still) { display: none }
-</style>'''.replace('VIEW', '[data-mime-type="application/vnd.jupyter.widget-view+json"]')
+.jp-OutputArea .turn-still img { width: auto; height: auto; max-width: 100% }
+.jp-OutputArea:has(.turn-still) VIEW:not(:has(.turn-box)), .jp-OutputArea:has(.turn-box) .turn-still,
+.jp-OutputArea:not(:has(VIEW)) .turn-still { display: none }
+</style>'''.replace('VIEW', '.jp-OutputArea-output:not([data-mime-type])')             # as JupyterLab draws what ipywidgets shows
 
 class turn:
     "A figure with controls beside it: living with a kernel, the figure at its first values without."

@@ -80,6 +80,7 @@ def test_sliders_move_by_keyboard_and_a_saved_notebook_keeps_the_still(page, lab
     before = picture.get_attribute('src'); handle.focus(); page.keyboard.press('ArrowRight')
     api.expect(picture).not_to_have_attribute('src', before, timeout=PATIENCE)
     assert box.locator('.noUi-handle:visible, select:visible').count() <= 5
+    assert page.locator('.turn-still').count() and not page.locator('.turn-still img:visible').count() # not beside the living picture
     assert not page.said
     page.evaluate("jupyterapp.commands.execute('docmanager:save')"); saved = json.loads((lab[1]/'02_losses.ipynb').read_text(encoding='utf-8'))
     views = [o for c in saved['cells'] for o in c.get('outputs', []) if 'application/vnd.jupyter.widget-view+json' in o.get('data', {})]; assert views and all('image/png' in o['data'] for o in views)
