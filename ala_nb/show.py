@@ -718,7 +718,7 @@ RESCUE = '''<div class="turn-still"><img width="0" height="0" alt="" src="data:i
 .jp-OutputArea .turn-still img { width: auto; height: auto; max-width: 100% }
 .jp-OutputArea:has(.turn-still) VIEW:not(:has(.turn-box)), .jp-OutputArea:has(.turn-box) .turn-still,
 .jp-OutputArea:not(:has(VIEW)) .turn-still { display: none }
-</style>'''.replace('VIEW', '.jp-OutputArea-output:not([data-mime-type])')             # as JupyterLab draws what ipywidgets shows
+</style>'''.replace('VIEW', '.jp-OutputArea-output:not([data-mime-type])')    # what ipywidgets draws, or fails to
 
 class turn:
     "A figure with controls beside it: living with a kernel, the figure at its first values without."
