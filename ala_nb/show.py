@@ -783,7 +783,7 @@ def alive(
     if rest.children:
         more = ToggleButton(False, description='More controls', layout=Layout(width='auto', margin='6px 2px'))
         more.observe(lambda change: setattr(rest.layout, 'display', None if change['new'] else 'none'), 'value')
-        fold = [VBox([more, rest])]               # a button, which the keyboard reaches; an Accordion's title it does not
+        fold = [VBox([more, rest])]             # a button, which the keyboard reaches; an Accordion's title it does not
     column = VBox([*rows[:self.sight], *fold, self.line], layout=Layout(width='23em', flex='0 0 auto'))
     self.box = HBox([column, HBox([self.shown], layout=Layout(flex='1 1 24em', min_width='0'))],
                     layout=Layout(flex_flow='row wrap'))
