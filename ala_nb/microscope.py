@@ -109,7 +109,7 @@ def image_data(
               for a,s,t in zip(preds.level_starts, preds.level_sizes, preds.level_strides)]
     return dict(name=name, width=w, height=h, levels=levels, offset=preds.offset,
                 src=f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}",
-                objects=[dict(box=[round(v, 2) for v in b], label=l)
+                objects=[dict(box=[round(v, 3) for v in b], label=l)
                          for b,l in zip(objects.boxes[mine].tolist(), objects.labels[mine].tolist())])
 
 # %% ../nbs/23_microscope.ipynb #c010

@@ -56,6 +56,13 @@ def test_the_page_computes_the_weights_of_the_loss(page, name):
             got = page.evaluate(f"(() => {{ const n = microscope.data.names({k}, {t}, {i}); return {{pos: Array.from(n.pos), neg: Array.from(n.neg)}}; }})()")
             for w in ('pos', 'neg'): np.testing.assert_allclose(got[w], out.weights[w].double().numpy()[mine], rtol=2e-4, atol=2e-5, err_msg=f'{w} at moment {t} of image {image}')
 
+def test_objects_are_called_alike_in_page_and_notebook(page):
+    said = page.evaluate("[...document.querySelectorAll('#object option')].map(x => x.textContent)")
+    assert said == [k.split(': ')[1] for k, (image, _) in S.things().items() if image in IMAGES]      # 74.5 px is 75 in both
+    s = S.load('fcos'); boxes = [o['box'] for i, x in enumerate(s.images) for o in M.image_data('', x, s.preds, i, s.objects)['objects']]
+    said = page.evaluate('boxes => boxes.map(b => `${(b[2]-b[0]).toFixed(0)} × ${(b[3]-b[1]).toFixed(0)} px`)', boxes)
+    assert said == [k.split(', ')[-1] for k in S.things()]
+
 def test_matching_and_language_agree_with_numpy(page):
     from formulas import language
     g = np.random.default_rng(0)

@@ -328,6 +328,18 @@ for name, cells in json.load(open({str(tmp_path/'cells.json')!r}, encoding='utf-
 """, tmp_path/'empty', PYTHONPATH=str(tmp_path/'site'), MPLBACKEND='agg')
     assert len(files) > 4 and not list((tmp_path/'empty').iterdir())
 
+def test_a_whole_notebook_works_alone_with_the_wheel(wheel, tmp_path):
+    "Top to bottom in an empty folder, pictures and controls too; the kernel knows the built package and no clone."
+    nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
+    zipfile.ZipFile(wheel).extractall(tmp_path/'site'); (tmp_path/'empty').mkdir()
+    nb = nbformat.read(ROOT/'nbs'/'10_o2f.ipynb', 4); nb.cells.append(nbformat.v4.new_code_cell('import ala_nb; print(ala_nb.__file__)'))
+    env = dict(os.environ, PYTHONPATH=str(tmp_path/'site'), OMP_NUM_THREADS='1')
+    client = nbclient.NotebookClient(nb, timeout=600, kernel_name='python3', resources=dict(metadata=dict(path=str(tmp_path/'empty'))))
+    client.execute(env={k: v for k, v in env.items() if k not in ('IN_TEST', 'MPLBACKEND')})
+    assert nb.cells[-1].outputs[0].text.startswith(str(tmp_path)) and not list((tmp_path/'empty').iterdir())
+    turned = [c for c in nb.cells if c.cell_type == 'code' and c.source.startswith('turn(')]
+    assert len(turned) > 1 and all(any('image/png' in o.get('data', {}) for o in c.outputs) for c in turned)
+
 
 # ---- README and CI
 
