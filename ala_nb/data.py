@@ -33,9 +33,9 @@ from .geometry import InputError, box_area
 from .files import (Parser, check_faults, count_of, error_text, exit_code, naming, parse_pair, probe_image,
                           read_image, read_json, read_text, said,
                           shown, underscored)
-from .formats import (BOXES, FORMS, OPTIONS, Annotations, as_xywh, check_images, coco_splits, crowdhuman_splits,
-                            joined, pick_split, read_coco,
-                            read_crowdhuman, read_voc, recognise, roots, take_share, voc_splits)
+from .formats import (BOXES, FORMS, OPTIONS, Annotations, NoSplit, as_xywh, check_images, coco_splits,
+                            crowdhuman_splits, joined, pick_split, read_coco,
+                            read_crowdhuman, read_voc, recognise, roots, take_share, voc_splits, words)
 from .masks import decode_masks, encode_masks, mask_rle
 
 # %% ../nbs/04_data.ipynb #c005
@@ -703,6 +703,8 @@ def _warn_images(ds, r:Report, same)->list:
         out.append(f'{count_of(c["same_picture"], "picture")} twice in this split, as '
             f'{shown(Path(ds.files[same[0][0]]).name, 80)} and {shown(Path(ds.files[same[0][1]]).name, 80)}; '
             'remove the copies')
+    for name in getattr(ds, 'left_out', ()):
+        out.append(f'{shown(name)} has no annotated split {shown(ds.split)} and is left out')
     if notes.get('unlabelled'):
         out.append(f'{count_of(notes["unlabelled"], "picture")} of a list without annotations: nothing to learn from '
             'or to compare with')
@@ -819,12 +821,28 @@ def load_folder(
                      **{k:v for k,v in dict(classes=classes, val_share=val_share).items()
         if v is not None}))
     many = roots(root)
-    read = lambda classes: [_read_folder(r, split, format, classes, verify, val_share, masks, options) for r in many]
-    parts = read(classes)
-    if len({tuple(p.classes) for p,_ in parts})>1: parts = read(sorted({c for p,_ in parts for c in p.classes}))
-    ds = FolderDataset('+'.join(r.resolve().name for r in many), split, joined([p for p,_ in parts]))
+    read = lambda r, classes: _read_folder(r, split, format, classes, verify, val_share, masks, options)
+    parts, left_out = _of_several(many, split, lambda r: read(r, classes))
+    if len({tuple(p.classes) for p,_ in parts.values()})>1:
+        together = sorted({c for p,_ in parts.values() for c in p.classes})
+        parts = {r: read(r, together) for r in parts}
+    ds = FolderDataset('+'.join(r.resolve().name for r in parts), split, joined([p for p,_ in parts.values()]))
+    ds.left_out = left_out; parts = parts.values()
     if 'train' in (split, *(key for _,key in parts)): need_objects(ds)
     return ds
+
+def _of_several(many, split, read): # what was read, by folder; names of the folders that are left out
+    """Folders that make one data set. One without the split, or without its annotations, is left out where the split is
+    to measure on and another one has it: VOC 2007's test set is published, 2012's is not."""
+    if len(many)==1 or not {'val','test'} & set(words(split)): return {r: read(r) for r in many}, []
+    found, absent = {}, {}
+    for r in many:
+        try: found[r] = read(r)
+        except NoSplit as e: absent[r] = e
+    if not found: raise next(iter(absent.values()))
+    bare = [r for r,(p,_) in found.items() if p.notes.get('unlabelled')]
+    if len(bare)<len(found): absent |= {r: found.pop(r) for r in bare}
+    return found, [r.resolve().name for r in absent]
 
 # %% ../nbs/04_data.ipynb #c075a
 @_given_once

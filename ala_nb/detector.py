@@ -11,10 +11,10 @@ __all__ = ['NORMS', 'RESNETS', 'STYLES', 'TRANSFORMERS', 'USUAL', 'BACKBONES', '
            'PropertyBranch', 'Level', 'Plan', 'Part', 'precise', 'Towers', 'Classes', 'Numbers', 'Distances',
            'ThirdBranch', 'BoundaryPoints', 'Property', 'Pooled', 'part_class', 'Head', 'padded', 'check_images',
            'batch_images', 'check_targets', 'top_scores', 'likely_scores', 'soften', 'thinned', 'detections', 'made_by',
-           'our_names', 'swin_name', 'swin_names', 'read_weights', 'imagenet_weights', 'folded_statistics',
-           'check_style', 'take_weights', 'whole', 'fraction', 'colours', 'options_dict', 'named', 'settle', 'as_tuple',
-           'make_method', 'method_config', 'set_head', 'backbone_config', 'Detector', 'resized', 'detect_scales',
-           'save_weights', 'read_config', 'check_header', 'load_detector']
+           'our_names', 'swin_name', 'swin_names', 'strange_object', 'read_weights', 'imagenet_weights',
+           'folded_statistics', 'check_style', 'take_weights', 'whole', 'fraction', 'colours', 'options_dict', 'named',
+           'settle', 'as_tuple', 'make_method', 'method_config', 'set_head', 'backbone_config', 'Detector', 'resized',
+           'detect_scales', 'save_weights', 'read_config', 'check_header', 'load_detector']
 
 # %% ../nbs/05_detector.ipynb #c002
 import contextlib, dataclasses, importlib, inspect, json, math, os, re, tempfile, warnings
@@ -1020,6 +1020,13 @@ def swin_names(
     return {name: ordered(k, v) for k,v in state.items() if (name := swin_name(k))}
 
 # %% ../nbs/05_detector.ipynb #c059
+def strange_object(
+    path, # of a file that torch.save wrote
+)->str: # 'module.name', or '' where there is none or the file is another
+    "The first object of a pickle that only running its code would make."
+    try: return next(iter(torch.serialization.get_unsafe_globals_in_checkpoint(path)), '')
+    except Exception: return ''
+
 def read_weights(
     path, # .safetensors, or whatever torch.save wrote
 )->dict: # name -> tensor
@@ -1029,9 +1036,12 @@ def read_weights(
         raise InputError(f"weights: there is no file {str(path)!r}; give none, imagenet or the path of a weights file")
     try: state = load_file(path) if path.suffix=='.safetensors' else torch.load(path, map_location='cpu',
                                                                                 weights_only=True)
-    except Exception as e: raise InputError(
-        f"weights: {str(path)!r} cannot be read ({type(e).__name__}); is it a complete .safetensors or "
-        ".pth file?") from e
+    except Exception as e:
+        if bad := strange_object(path): raise InputError(
+            f"weights: {str(path)!r} holds {bad}, which is neither a tensor nor a number; nothing of it was run; save "
+            "its state_dict alone, or make a run of it with python -m ala_nb.convert") from e
+        raise InputError(f"weights: {str(path)!r} cannot be read ({type(e).__name__}); is it a complete .safetensors "
+                         "or .pth file?") from e
     for key in ('state_dict','model'):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     state = ({k.removeprefix('module.'): v for k,v in state.items() if isinstance(v, Tensor)}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOXES', 'ALIASES', 'FORMS', 'OPTIONS', 'Annotations', 'as_number', 'as_whole', 'check_box', 'check_flag', 'as_id',
-           'plain_ids', 'as_xywh', 'visible', 'words', 'is_split', 'pick_split', 'of_split', 'map_classes',
+           'plain_ids', 'as_xywh', 'visible', 'words', 'is_split', 'NoSplit', 'pick_split', 'of_split', 'map_classes',
            'coco_splits', 'coco_folders', 'polygon_box', 'read_coco', 'voc_splits', 'voc_root', 'voc_object',
            'read_voc_xml', 'voc_class_list', 'voc_classes', 'voc_entries', 'voc_folders', 'unlabelled_list', 'read_voc',
            'crowdhuman_splits', 'crowdhuman_object', 'read_crowdhuman', 'read_yaml', 'YoloSplit', 'yolo_splits',
@@ -121,6 +121,8 @@ def visible(folder:Path, *patterns):
 def words(name:str)->list: return re.findall(r'[a-z]+', name.lower())
 def is_split(name:str)->bool: return any(w in _split_names or w=='trainval' for w in words(name))
 
+class NoSplit(InputError): "A folder has no split of that name."
+
 def pick_split(
     root,        # folder, for the message
     split:str,   # asked for
@@ -134,9 +136,9 @@ def pick_split(
     near = dated or [k for k in there if set(names)&set(words(k))]
     if len(near)==1: return near[0]
     option = next((f'--{k}_split' for k in ('train','val') if k in names), '--split')
-    raise InputError(f'{shown(root)}: {"several splits are called" if near else "no split"} {said(split)}; take one '
-        'of '
-                     f'{shown(", ".join(near or sorted(there)))}, with {option} NAME' + (
+    raise (InputError if near else NoSplit)(
+        f'{shown(root)}: {"several splits are called" if near else "no split"} {said(split)}; take one of '
+        f'{shown(", ".join(near or sorted(there)))}, with {option} NAME' + (
                      '; or data option val_share=0.2, which keeps a fifth of the images for val'
                      if set(there)<={'all','default','train'} else ''))
 

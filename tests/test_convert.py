@@ -63,6 +63,13 @@ def test_pickles_with_code_are_not_run(tmp_path, capsys):
         out = capsys.readouterr()
         assert 'ran' not in out.out and 'nothing of it was run' in out.err and not (tmp_path/'run').exists()
 
+def test_a_pickle_with_code_as_weights(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self): return print, ('ran',)
+    torch.save(dict(state_dict=dict(w=torch.ones(1)), meta=Evil()), tmp_path/'x.pth')
+    with pytest.raises(InputError, match='print, which is neither a tensor nor a number; nothing of it was run.*ala_nb.convert'): read_weights(tmp_path/'x.pth')
+    assert 'ran' not in capsys.readouterr().out
+
 def test_log_of_mmengines_runner_is_passed_over(tmp_path, monkeypatch):
     "Its checkpoints hold objects of mmengine and NumPy beside the weights; neither is needed to read them."
     class HistoryBuffer:

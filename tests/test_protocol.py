@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 from ala_nb import evaluate as E, train as T
-from ala_nb.data import load_dataset, save_coco
+from ala_nb.data import report, load_dataset, save_coco
 from ala_nb.detector import Detector, soften
 from ala_nb.geometry import InputError
 
@@ -139,6 +139,23 @@ def test_voc_test_list(tmp_path, capsys, monkeypatch):
     assert E.main([*always, '--voc_results', 'sent']) == 0 and len({l.split()[0] for lines in sent().values() for l in lines}) == 3
     (root/'JPEGImages'/'2012_t2.jpg').unlink(); capsys.readouterr()
     assert E.main([*always, '--voc_results', 'sent']) == 2 and 'test.txt: line 3' in capsys.readouterr().err
+
+def test_folders_without_the_split_to_measure_on(tmp_path, capsys, monkeypatch):
+    "VOC 07 + 12: trained on both, measured on 2007's test set, whether 2012 has no list, or one without annotations."
+    monkeypatch.chdir(tmp_path)
+    voc(Path('VOC2007'), 2007, ['cat', 'dog'], 4); voc(Path('VOC2012'), 2012, ['dog', 'person'], 3)
+    (Path('VOC2007')/'ImageSets'/'Main'/'test.txt').write_text('2007_1\n2007_2\n'); both = os.pathsep.join(['VOC2007', 'VOC2012'])
+    def measured():
+        ds = load_dataset(both, 'test', classes=['cat', 'dog', 'person'])
+        assert (ds.name, len(ds), ds.classes) == ('VOC2007', 2, ['cat', 'dog', 'person']) and ds.left_out == ['VOC2012']
+        assert 'VOC2012 has no annotated split test and is left out' in str(report(ds))
+    measured()
+    Image.new('RGB', (40, 48)).save('VOC2012/JPEGImages/2012_t.jpg'); (Path('VOC2012')/'ImageSets'/'Main'/'test.txt').write_text('2012_t\n'); measured()
+    assert len(load_dataset('VOC2012', 'test')) == 1
+    argv = ['--preset', 'autoassign_voc', '--data', 'VOC2007', 'VOC2012', '--backbone', 'tiny', '--weights', 'none', '--size', '48', '--max_size', '64', '--batch_size', '4', '--steps', '1', '--out', 'run']
+    assert T.main(argv) == 0 and 'is left out' in capsys.readouterr().out
+    (Path('VOC2007')/'ImageSets'/'Main'/'trainval.txt').unlink()
+    with pytest.raises(InputError, match='trainval'): load_dataset(both, 'trainval')                 # never in training
 
 def test_loader_alone(coco, capsys):
     "Images a second of the loader, by the command; every image is loaded, and what cannot be is one line."
