@@ -110,6 +110,8 @@ def test_several_folders(tmp_path, capsys, monkeypatch):
     close = lambda b: abs(b['score']-float(score)) < 1e-5 and all(abs(float(c)-v) < .006 for c, v in zip(corners,
                (b['bbox'][0]+1, b['bbox'][1]+1, b['bbox'][0]+b['bbox'][2], b['bbox'][1]+b['bbox'][3])))
     assert any(map(close, boxes)) and name.startswith('20')
+    assert E.main([str(run), '--data', 'VOC2007', 'VOC2012', '--split', 'trainval', '--out', 'm.json']) == 0 and 'VOC2007+VOC2012' in capsys.readouterr().out
+    assert E.main([str(run), '--out', 'n.json']) == 0 and json.loads(Path('m.json').read_text())['coco'] == json.loads(Path('n.json').read_text())['coco']
     capsys.readouterr()
     assert T.main(['--data', 'VOC2007', 'VOC2021', *small]) == 2
     assert 'VOC2021: no such folder' in capsys.readouterr().err
