@@ -163,14 +163,20 @@ def given_options(
 
 def checked(
     out, name:str, # what the `assign` of the class of this name returned
+    learns:bool=False, # must a loss carry a gradient?
 )->Assignment:
-    "The same, if it is an `Assignment` whose losses are single numbers; otherwise `InputError`."
+    "The same, if it is an `Assignment` of losses that are single numbers and weights (E,); otherwise `InputError`."
     if not isinstance(out, Assignment):
         raise InputError(f"{name}.assign: returned {type(out).__name__}; return an Assignment")
     for k,v in out.losses.items():
         if isinstance(v, Tensor) and v.dim() == 0: continue
         what = f'of shape {tuple(v.shape)}' if isinstance(v, Tensor) else type(v).__name__
         raise InputError(f"{name}.assign: loss {k!r} is {what}; give a tensor that is one number")
+    for k,w in out.weights.items():
+        if (shape := tuple(getattr(w, 'shape', ()))) != (len(out.pairs),): raise InputError(
+            f"{name}.assign: weight {k!r} is of shape {shape}; give one value a pair, ({len(out.pairs)},)")
+    if learns and not any(v.requires_grad for v in out.losses.values()): raise InputError(
+        f"{name}.assign: no loss has a gradient; compute only the weights under no_grad, and detach no loss")
     return out
 
 # %% ../nbs/03_methods.ipynb #c010
@@ -187,15 +193,17 @@ class Method(nn.Module):
 
     def __init__(self,
         num_classes:int, # K
-        head:HeadSpec,   # what the detector must build
+        head:HeadSpec=None, # what the detector must build; not to be left out
     ):
         super().__init__()
+        if not isinstance(head, HeadSpec): raise InputError(f"{type(self).__name__} has no head sheet; its constructor "
+                                                            "calls super().__init__(num_classes, HeadSpec(...))")
         if int(num_classes) < 1: raise InputError(f"num_classes: {num_classes}; at least 1 is needed")
         self.num_classes, self.head = int(num_classes), head
 
     def assign(self, preds:Predictions, objects:Objects, progress:float)->Assignment:
         "The method itself, which a subclass writes; `progress` is the share of training done, 0 ... 1."
-        raise NotImplementedError(f'{type(self).__name__} has no `assign`')
+        raise InputError(f"{type(self).__name__} has no `assign`; write assign(self, preds, objects, progress)")
 
     def forward(self,
         preds:Predictions,
@@ -213,7 +221,8 @@ class Method(nn.Module):
                 if (x := preds.extras.get(extra)) is None or x.shape[2] != channels: raise InputError(
                     f"extras: {name} reads {extra!r} with {channels} values a location; "
                     + ('it is missing' if x is None else f'there are {x.shape[2]}'))
-            return checked(self.assign(preds, objects.to(preds.points), min(max(float(progress), 0.), 1.)), name)
+            out = self.assign(preds, objects.to(preds.points), min(max(float(progress), 0.), 1.))
+            return checked(out, name, torch.is_grad_enabled() and preds.cls_blocks[0].requires_grad)
 
 # %% ../nbs/03_methods.ipynb #b8a74fd
 @patch
@@ -282,8 +291,8 @@ def import_named(
         if absent: raise InputError(f"{field}: {address!r}: there is no module {e.name!r}; "
                                     "install its package, or put its folder on PYTHONPATH") from e
         last = traceback.extract_tb(e.__traceback__)[-1]
-        raise InputError(f"{field}: {address!r}: {module} cannot be imported: {type(e).__name__}: {e} "
-                         f"({Path(last.filename).name}, line {last.lineno})") from e
+        where = '' if isinstance(e, SyntaxError) else f' ({Path(last.filename).name}, line {last.lineno})' # it says so
+        raise InputError(f"{field}: {address!r}: {module} cannot be imported: {type(e).__name__}: {e}{where}") from e
 
 def class_at(
     field:str,   # what is asked for, for the message: 'method'
@@ -294,6 +303,8 @@ def class_at(
     module, _, name = address.partition(':')
     if not all(word.isidentifier() for word in (*module.split('.'), *name.split('.'))):
         raise InputError(f"{field}: {address!r} is no address of a class; give 'package.module:Class'")
+    if module.endswith('.py'):
+        raise InputError(f"{field}: {address!r} names a file; give its module, without .py: '{module[:-3]}:{name}'")
     found = import_named(field, address, module)
     cls = functools.reduce(lambda o,word: getattr(o, word, None), name.split('.'), found)
     if isinstance(cls, type) and issubclass(cls, base): return cls

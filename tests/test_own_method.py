@@ -66,6 +66,16 @@ class Nothing(Near):
     def assign(self, preds, objects, progress): return {}
 class Bare(Method):
     def __init__(self, num_classes): super().__init__(num_classes, HeadSpec())
+class Unsheeted(Near):
+    def __init__(self, num_classes): Method.__init__(self, num_classes)
+class Detached(Near):
+    def assign(self, *given):
+        out = super().assign(*given); out.losses = {k: v.detach() for k,v in out.losses.items()}; return out
+class Short(Near):
+    def assign(self, *given):
+        out = super().assign(*given); out.weights['pos'] = torch.zeros(99); return out
+class Thirdless(Near):
+    def assign(self, preds, objects, progress): return Assignment(dict(loss=inside_pairs(preds, objects).third(preds).sum()), None)
 class Other: pass
 limit = 3
 '''
@@ -78,6 +88,7 @@ def site(tmp_path_factory):
     (tmp/'src'/'toy_assigners'/'__init__.py').touch(); (tmp/'src'/'toy_assigners'/'near.py').write_text(NEAR)
     (tmp/'src'/'toy_assigners'/'broken.py').write_text('import math\n\nmath.sqroot(2)\n')
     (tmp/'src'/'toy_assigners'/'needs.py').write_text('import no_such_library_at_all\n')
+    (tmp/'src'/'toy_assigners'/'unfinished.py').write_text('import math\nx = (\n')
     code = 'import setuptools.build_meta as b, sys; print(b.build_wheel(sys.argv[1]))'
     out = subprocess.run([sys.executable, '-c', code, str(tmp)], cwd=tmp/'src', capture_output=True, text=True, check=True).stdout
     zipfile.ZipFile(tmp/out.split()[-1]).extractall(tmp/'site')
@@ -118,7 +129,7 @@ def test_three_ways_to_name_it():
     ('toy_assigner.near:Near', ["no module 'toy_assigner'", 'PYTHONPATH']), ('toy_assigners.near:Other', ['Other is no subclass of Method']),
     ('toy_assigners.near:limit', ['no subclass']), ('toy_assigners.broken:Near', ['sqroot', 'broken.py, line 3']), ('toy_assigners:X', ['no subclass of Method']),
     ('toy_assigners.needs:Near', ['no_such_library_at_all', 'needs.py, line 1']), ('toy_assigners.near:', ['package.module:Class']), (':Near', ['package.module:Class']),
-    ('a/b.py:Near', ['package.module:Class']), ('toy_assigners.near:Near.more', ['does not exist there']), (7, ['did you mean'])])
+    ('a/b.py:Near', ['package.module:Class']), ('toy_assigners.near.py:Near', ["'toy_assigners.near:Near'"]), ('toy_assigners.unfinished:Near', ['never closed', 'line 2)']), ('toy_assigners.near:Near.more', ['does not exist there']), (7, ['did you mean'])])
 def test_wrong_addresses(name, texts):
     with pytest.raises(InputError) as e: M.build(name, 3)
     assert '\n' not in str(e.value) and all(t in str(e.value) for t in texts), str(e.value)
@@ -126,7 +137,7 @@ def test_wrong_addresses(name, texts):
 @pytest.mark.parametrize('name,options,text', [
     (NEAR_AT, dict(kk=3), "'k'"), (NEAR_AT, dict(k=2.5), 'whole number'), (NEAR_AT, dict(power='2'), 'finite number or None'), (NEAR_AT, dict(power=11), 'power'),
     (NEAR_AT, dict(num_class=3), 'num_class'), (HEAVIER, dict(box_weight=True), 'finite'), (HEAVIER, dict(reg_los='iou'), "'reg_loss'"), (HEAVIER, dict(reg_loss='ciou'), "'giou'"),
-    (HEAVIER, dict(boxweight=2.), "'box_weight'"), ('toy_assigners.near:Needy', {}, "'must' is missing"), ('toy_assigners.near:Headless', {}, 'no head sheet'),
+    (HEAVIER, dict(boxweight=2.), "'box_weight'"), ('toy_assigners.near:Needy', {}, "'must' is missing"), ('toy_assigners.near:Headless', {}, 'no head sheet'), ('toy_assigners.near:Unsheeted', {}, 'no head sheet'),
     ('toy_assigners.near:Bare', dict(k=1), 'it has none')])
 def test_wrong_options(name, options, text):
     with pytest.raises(InputError) as e: M.build(name, 3, **options)
@@ -146,10 +157,11 @@ def test_names_that_cannot_be_registered():
     M.register('mine', near); M.register('mine', near)                               # again is no other
     assert 'mine' in M.available()
 
-@pytest.mark.parametrize('name,text', [('Vector', "loss 'loss_cls' is of shape (1, 84)"), ('Nothing', 'returned dict'), ('Bare', 'no `assign`')])
+@pytest.mark.parametrize('name,text', [('Vector', "loss 'loss_cls' is of shape (1, 84)"), ('Nothing', 'returned dict'), ('Bare', 'no `assign`'),
+    ('Detached', 'no loss has a gradient'), ('Short', "weight 'pos' is of shape (99,)"), ('Thirdless', 'HeadSpec')])
 def test_wrong_results(name, text):
     model = Detector(f'toy_assigners.near:{name}', 'tiny', 3)
-    with pytest.raises((InputError, NotImplementedError), match=text.replace('(', r'\(').replace(')', r'\)')): model([torch.rand(3,64,64)], [dict(boxes=torch.zeros(0,4), labels=torch.zeros(0).long())])
+    with pytest.raises(InputError, match=text.replace('(', r'\(').replace(')', r'\)')): model([torch.rand(3,64,64)], [dict(boxes=torch.zeros(0,4), labels=torch.zeros(0).long())])
 
 
 # ---- in a detector
