@@ -210,7 +210,7 @@ def class_legend(fig, labels, classes, colours=None):
     use = sorted({int(l) for l in labels if l >= 0})
     if not use: return
     columns = min(len(use), max(1, int(fig.get_figwidth()/1.1)))
-    box = fig.legend(handles=[line(l) for l in use], loc='outside lower center', ncols=columns, fontsize=8,
+    box = fig.legend(handles=[line(l) for l in use], loc='outside lower center', ncols=columns, fontsize=9,
                      frameon=False, handlelength=1, handleheight=.8)
     for t in box.get_texts(): t.set_parse_math(False)
 
@@ -345,10 +345,10 @@ def curves(
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1,2,2.5,5,10]))
         if title == 'AP': ax.set_ylim(0, max(1.05*y.max(), .01))
         elif title != 'learning rate' and 0 < 4*y.min() < y.max() < 1e12*y.min(): plain_log(ax)
-        ax.set_xlabel(x or 'row', fontsize=8); ax.tick_params(labelsize=8); ax.grid(alpha=.25)
+        ax.set_xlabel(x or 'row', fontsize=9); ax.tick_params(labelsize=9); ax.grid(alpha=.25)
         # the legend beside the panel: never over a line
         if len(names) > 1:
-            ax.legend(fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1),
+            ax.legend(fontsize=9, frameon=False, loc='upper left', bbox_to_anchor=(1,1),
                       borderaxespad=0, handlelength=1.2)
     return fig
 
@@ -625,7 +625,7 @@ def show_assignment(
     mark = lambda l: Line2D([], [], ls='', marker='o', ms=4+2*l, mfc=colour(l), mec='k', mew=.5,
                             label=f'stride {strides[l]:g}')
     marks = [mark(l) for l in sorted(used)]
-    if marks: fig.legend(handles=marks, loc='outside lower center', ncols=len(marks), fontsize=8, frameon=False)
+    if marks: fig.legend(handles=marks, loc='outside lower center', ncols=len(marks), fontsize=9, frameon=False)
     return fig
 
 # %% ../nbs/17_show.ipynb #c066

@@ -17,7 +17,7 @@ function node(tag, attributes = {}, ...children) {
 const range = n => Array.from({length: n}, (_, i) => i);
 function number(x) {
   if (!isFinite(x)) return x > 0 ? '∞' : x < 0 ? '−∞' : 'not a number';
-  const a = Math.abs(x), s = Number.isInteger(x) && a < 1e6 ? String(x) : a >= 100 ? x.toFixed(0) : a >= 10 ? x.toFixed(1) : a >= .01 || a === 0 ? x.toFixed(2) : x.toExponential(0);
+  const a = Math.abs(x), s = Number.isInteger(x) && a < 1e6 ? String(x) : a >= 100 ? x.toFixed(0) : a >= 10 ? x.toFixed(1) : a >= .01 || a === 0 ? x.toFixed(2) : a >= .001 ? x.toFixed(3) : x.toExponential(0);
   return s.replace('-', '−');
 }
 const count = n => `${n} candidate${n === 1 ? '' : 's'}`;
