@@ -43,7 +43,8 @@ TABLES = dict(
     # Combined IoUs' Table V; without a norm VFNet's stars die at this rate (26_vfnet)
     heads = [(name, f'{own} {o}'.strip()) for name,own in (('gflv2',''), ('vfnet','star_norm=True'), ('gfl',''))
              for o in ('', 'pred_weight=1.0')] + [('vfnet', '')],
-    methods = ALL + [('ala', "parts='confidence'"), ('o2f', 't_min=0.0'), ('o2f', 'alpha=0.5 t_min=0.0')],
+    methods = ALL + [('ala', "parts='confidence'"), ('o2f', 't_min=0.0'), ('o2f', 'alpha=0.5 t_min=0.0'),
+        ('poto', "max_filter=True aux='atss'")],
     claims = list(dict.fromkeys(side for c in CLAIMS for side in (c.before, c.after))),
     readings = [('ala', o) for o in ALA_READINGS] + [('o2f', o) for o in O2F_READINGS]
              + [('fcos', ''), ('fcos', 'ranges=None'), ('ciou_atss', ''), ('ciou_atss', 'anchor_weight=0')],
