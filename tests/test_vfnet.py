@@ -74,9 +74,22 @@ def test_a_file_of_it_comes_back_and_scores_are_the_classes(tmp_path):
     assert torch.equal(a.distances, b.distances) and [p.slope for p in again.head.named.values() if isinstance(p, Star)] == [.5]
     torch.testing.assert_close(model.method.scores(a), a.cls_logits.sigmoid()); assert callable(dense_vfnet) and isinstance(build('vfnet', 3), VFNet)
 
+def test_a_norm_in_the_stars_is_an_option(tmp_path):
+    "The release's form has none; with it the shift that Adam gives to all weights of a channel changes nothing."
+    torch.manual_seed(0); plain, normed = (Detector('vfnet', 'tiny', 3, method_options=o).eval() for o in ({}, dict(star_norm=True)))
+    stars = {f'head.{k}_star.norm.{w}' for k in ('box', 'cls') for w in ('weight', 'bias')}
+    assert set(normed.state_dict())-set(plain.state_dict()) == stars and not set(plain.state_dict())-set(normed.state_dict())
+    again = load_detector(save_weights(normed, tmp_path/'x.safetensors')); assert stars <= set(again.state_dict())
+    x, flat = torch.rand(1, 48, 12, 12), torch.zeros(1, 18, 12, 12); alive = {}
+    for name,m in (('plain', plain), ('normed', normed)):
+        star = m.head.box_star
+        with torch.no_grad(): star.weight.sub_(1.); alive[name] = (star(x, flat) > 0).float().mean().item()
+    assert alive['plain'] == 0. and alive['normed'] > .3
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    model = Detector('vfnet', 'tiny', 3).train(); t = [dict(boxes=torch.tensor([[6., 6, 40, 42]]), labels=torch.tensor([1]))]
+@pytest.mark.parametrize('options', [{}, dict(star_norm=True)])
+def test_autocast(dtype, options):
+    model = Detector('vfnet', 'tiny', 3, method_options=options).train(); t = [dict(boxes=torch.tensor([[6., 6, 40, 42]]), labels=torch.tensor([1]))]
     with torch.autocast('cpu', dtype=dtype): losses = model([torch.rand(3, 64, 64)], t)
     sum(losses.values()).backward(); assert all(v.dtype == torch.float32 and v.isfinite() for v in losses.values())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
