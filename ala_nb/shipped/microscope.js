@@ -423,7 +423,9 @@ class Microscope {
 
   threshold(svg, value, y, from, top, W) {
     const g = node('g', {class: 'threshold', tabindex: 0, role: 'slider', id: 'threshold', 'aria-label': 'threshold', 'aria-valuemin': 0, 'aria-valuemax': top.toPrecision(3), 'aria-valuenow': value.toPrecision(3)},
-      node('rect', {x: 0, y: y(value)-9, width: W, height: 18, class: 'grip'}), node('line', {x1: 0, x2: W, y1: y(value), y2: y(value)}), node('text', {x: 4, y: Math.max(y(value)-5, 12)}, `threshold ${number(value)}: drag`));
+      node('rect', {x: 0, y: y(value)-9, width: W, height: 18, class: 'grip'}), node('line', {x1: 0, x2: W, y1: y(value), y2: y(value)}),
+      // at the right, where bars are short; below the line where the other label stands above it
+      node('text', {x: W, y: y(value) > 31 ? y(value)-5 : Math.max(y(value)+14, 26), 'text-anchor': 'end'}, `threshold ${number(value)}: drag`));
     const set = (v, keep) => { this.line = {obj: this.obj, value: Math.min(Math.max(v, 0), top)}; this.names = this.computed(); this.drawPictures(); this.drawMaps(); this.drawBars(); this.tell(); if (keep) this.bars.querySelector('#threshold')?.focus(); };
     const drag = ev => { const box = this.bars.querySelector('svg').getBoundingClientRect(); set(from((ev.clientY-box.top)*150/box.height)); };
     g.addEventListener('pointerdown', ev => { ev.preventDefault(); const end = () => { removeEventListener('pointermove', drag); removeEventListener('pointerup', end); removeEventListener('pointercancel', end); };
