@@ -14,7 +14,7 @@ Each row holds the command that made it. An interrupted sweep goes on where its 
 its checkpoint is. Rows are trained in the order of the table, seed by seed, so that a stopped sweep has compared
 everything it has begun.
 """
-import argparse, csv, json, re, shlex, subprocess, sys, time
+import argparse, csv, json, re, shlex, subprocess, sys
 from pathlib import Path
 from ala_nb.data import load_dataset
 from ala_nb.detector import load_detector
@@ -74,24 +74,23 @@ def run_row(method, options, seed, base, folder, threads):
     args = ['--method', method, '--seed', str(seed), '--threads', str(threads)] + given + base
     shown = 'python -m ala_nb.train ' + ' '.join(a if a[:1] != '/' else 'DIR' for a in args)
     train = [sys.executable, '-m', 'ala_nb.train']
-    t0 = time.time()
     more = ['--resume', str(out)] if (out/'state.pt').exists() else [*args, '--out', str(out)]
     code = subprocess.call([*train, *more], stdout=subprocess.DEVNULL)
     if code: raise SystemExit(f'{name}: training ended with exit code {code}; the rows so far are kept')
-    seconds, stored = time.time()-t0, json.loads((out/'config.json').read_text())
-    plain = last_metrics(out) if '--eval_both' in base else evaluated(out, method, options)
+    stored, last = json.loads((out/'config.json').read_text()), last_line(out)      # its seconds count what was resumed, too
+    plain = {k: float(last[k]) for k in FIELDS[3:8]} if '--eval_both' in base else evaluated(out, method, options)
     map_iou, model = '', load_detector(out) if method == 'ala' and '--data' not in base else None
     if model and model.method.head.property_branch:
         drawn = stored['train']['data_options']
         map_iou = round(property_iou(model, load_dataset('shapes', 'val', masks=True, **drawn))[0], 4)
     row = dict(method=method, options=options, seed=seed) | {k: round(plain[k], 4) for k in FIELDS[3:8]}
-    return row | dict(map_iou=map_iou, seconds=round(seconds), command=shown,
+    return row | dict(map_iou=map_iou, seconds=round(float(last['seconds'])), command=shown,
                       versions=f"torch {stored.get('versions', {}).get('torch', '?')}")
 
-def last_metrics(out):
-    "What the training measured at its end (with `--eval_both true`)."
+def last_line(out):
+    "What the training wrote at its end; with `--eval_both true` AP with and without NMS is there."
     with (out/'metrics.csv').open() as f: *_, last = csv.DictReader(f)
-    return {k: float(last[k]) for k in FIELDS[3:8]}
+    return last
 
 def evaluated(out, method, options):
     "AP as the method asks for it, with and without NMS, measured afterwards."
