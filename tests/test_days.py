@@ -107,11 +107,16 @@ def test_loading_process_is_killed_through_the_command(monkeypatch, capsys):
 
 @needs_fork
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_signals_to_the_whole_group(whole, number):
-    "As schedulers send them: to every process, and to some of them twice."
+def test_signals_to_the_whole_group(whole, monkeypatch, number):
+    "As schedulers send them: to every process, and to some of them twice. The last epoch waits for them."
+    real = D.Items.__getitem__
+    def later(self, key):
+        if self.train and key[0] == 2: until(Path('sent').exists)
+        return real(self, key)
+    monkeypatch.setattr(D.Items, '__getitem__', later)
     pid = branch(lambda: T.main(words(**TINY, workers=2, out='run')))
     until(lambda: len(runs.Table('run/metrics.csv').rows()) > 1)
-    os.kill(pid, number); os.killpg(pid, number)
+    os.kill(pid, number); os.killpg(pid, number); Path('sent').touch()
     assert ended(pid) == 130
     text = Path('log').read_text().splitlines()
     assert text[-1].startswith('stopped at step') and '--resume run' in text[-1] and 'Traceback' not in '\n'.join(text)
