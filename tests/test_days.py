@@ -38,7 +38,7 @@ def branch(work):
     if pid: return pid
     code = 70
     try:
-        os.setsid()
+        os.setsid(); signal.signal(signal.SIGHUP, signal.SIG_DFL)              # where pytest runs under nohup it is ignored
         fd = os.open('log', os.O_CREAT | os.O_WRONLY | os.O_APPEND); os.dup2(fd, 1); os.dup2(fd, 2)
         sys.stdout = sys.stderr = open('log', 'a', buffering=1)            # not those of pytest
         code = work()
