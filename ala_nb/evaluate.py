@@ -7,7 +7,8 @@ __all__ = ['REFERENCE_FPPI', 'METRICS', 'match_detections', 'precision_recall', 
            'evaluate_coco', 'coco_table', 'match_voc', 'evaluate_voc', 'miss_rate', 'jaccard_index',
            'evaluate_crowdhuman', 'rescale_boxes', 'detecting', 'draws_masks', 'with_masks', 'predict_dataset',
            'finite_outputs', 'source_results', 'write_voc_results', 'run_config', 'match_classes', 'pick_device',
-           'compute_metrics', 'metrics_text', 'add_inference', 'make_parser', 'run_sizes', 'evaluate_run', 'main']
+           'compute_metrics', 'metrics_text', 'add_inference', 'make_parser', 'run_sizes', 'run_data', 'evaluate_run',
+           'main']
 
 # %% ../nbs/15_evaluate.ipynb #c002
 import argparse, contextlib, importlib.util, io, itertools, json, os, sys
@@ -530,6 +531,7 @@ def _none_or_more(s):
     if (v := int(s)) < 0: raise argparse.ArgumentTypeError(f'{s} is less than 0')
     return v
 
+# %% ../nbs/15_evaluate.ipynb #c072b
 def make_parser():
     "The command line of `python -m ala_nb.evaluate`."
     p = Parser(prog='python -m ala_nb.evaluate', description="Evaluate a run's detector and print COCO's table.",
@@ -580,6 +582,23 @@ def run_sizes(config, size=None, max_size=None):
     pick = lambda given, key: (train.get(key) if given is None else given) or None
     return pick(size,'size'), pick(max_size,'max_size')
 
+def run_data(
+    config:dict,         # of `run_config`
+    data=None,           # 'shapes' or a folder; None: the run's data
+    split=None,          # None: what the run was validated on
+    data_options=None,   # dict; None: the run's, if `data` is the run's
+    method=None,         # name or 'package.module:Class'; None: the run's
+): # data set, with masks if the method finds masks
+    "What a run is evaluated on; what is not given is the run's."
+    trained, named = config.get('train', {}), method or config.get('detector', {}).get('method')
+    own = trained.get('data','shapes')
+    data, split = own if data is None else data, split or trained.get('val_split','val')
+    if data_options is None:
+        same = [p.absolute() for p in roots(data)] == [p.absolute() for p in roots(own)]
+        data_options = trained.get('data_options', {}) if same else {}
+    return load_dataset(data, split, **with_masks(named, data_options) if named else data_options)
+
+# %% ../nbs/15_evaluate.ipynb #c073b
 def evaluate_run(
     run,                 # run directory
     data=None,           # 'shapes' or a folder; None: the run's data
@@ -597,19 +616,13 @@ def evaluate_run(
     **how,
 ): # metrics {name: numbers}, COCO results with the ids of the user's file
     "Evaluate a run on a split."
-    config = run_config(run); trained = config.get('train', {})
-    own = trained.get('data','shapes')
-    data, split = own if data is None else data, split or trained.get('val_split','val')
-    if data_options is None: data_options = trained.get(
-        'data_options', {}) if [p.absolute() for p in roots(data)] == [p.absolute() for p in roots(own)] else {}
-    named = method or config.get('detector', {}).get('method')
-    ds = load_dataset(data, split, **with_masks(named, data_options) if named else data_options)
+    config = run_config(run); ds = run_data(config, data, split, data_options, method)
     truth = ds.ground_truth()
     ids = match_classes(config['classes'], ds, {a['category_id'] for a in truth['annotations']})
     truth['categories'] = [dict(id=i, name=c) for i,c in zip(ids, config['classes'])]
     if all(a.get('iscrowd') for a in truth['annotations']):
-        if not unlabelled: raise InputError(f'{ds.name}: split {split} holds no object to find, so there is nothing to '
-            'evaluate; --results FILE and --voc_results DIR write the detections all the same')
+        if not unlabelled: raise InputError(f'{ds.name}: split {ds.split} holds no object to find, so there is nothing '
+            'to evaluate; --results FILE and --voc_results DIR write the detections all the same')
         metrics = ()
     device = pick_device(device)
     sizes, model = (run_sizes(config, size, max_size),
@@ -622,6 +635,7 @@ def evaluate_run(
     if voc_results: write_voc_results(voc_results, ds, results, dict(zip(ids, config['classes'])))
     return found, source_results(ds, results)
 
+# %% ../nbs/15_evaluate.ipynb #c073c
 def main(
     argv=None, # list of arguments; None: of the command line
 )->int: # exit code
