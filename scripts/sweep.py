@@ -46,7 +46,8 @@ TABLES = dict(
           + [('vfnet', '')] + [('ciou_atss', f"{o}cls_loss='{loss}' third_branch='centerness'")
                                for loss in ('focal', 'qfl') for o in ('pred_weight=0 ', '')],
     methods = ALL + [('ala', "parts='confidence'"), ('o2f', 't_min=0.0'), ('o2f', 'alpha=0.5 t_min=0.0'),
-        ('poto', "max_filter=True aux='atss'")],
+        ('poto', "max_filter=True aux='atss'"), ('gflv2', ''), ('gflv2', 'pred_weight=1.0'),
+        ('vfnet', 'star_norm=True'), ('vfnet', 'star_norm=True pred_weight=1.0')],
     claims = list(dict.fromkeys(side for c in CLAIMS for side in (c.before, c.after))),
     readings = [('ala', o) for o in ALA_READINGS] + [('o2f', o) for o in O2F_READINGS]
              + [('fcos', ''), ('fcos', 'ranges=None'), ('ciou_atss', ''), ('ciou_atss', 'anchor_weight=0')],
