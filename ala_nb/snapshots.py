@@ -30,7 +30,9 @@ RECIPES = dict(                      # name of the snapshots -> method, its opti
     poto        = ('poto', {}),
     o2f         = ('o2f', {}),
     ala         = ('ala', dict(blur_radius=0)),
-    ala_one_to_one = ('ala', dict(blur_radius=0, one_to_one=True)))
+    ala_one_to_one = ('ala', dict(blur_radius=0, one_to_one=True)),
+    tood        = ('tood', dict(anchor_scale=4.)),
+    retina      = ('retina', dict(anchor_scale=4.)))
 NETWORK = dict(channels=24, head_convs=1, backbone_options=dict(widths=(8,16,24,32,48)))
 MOMENTS = .01, .04, .12, .3, .6, 1.          # shares of training after which a snapshot is taken
 # images of the validation split: rings, crescents, frames, overlaps, tiny objects

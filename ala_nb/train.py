@@ -268,6 +268,7 @@ SHAPES_METHODS = dict(fcos=dict(ranges=(24,48)), condinst=dict(ranges=(24,48)), 
                       ciou_atss=dict(anchor_scale=4.),
                       hybrid=dict(many_options=dict(ranges=(24,48))), # of its FCOS
                       gfl=dict(anchor_scale=4.), gflv2=dict(anchor_scale=4.), vfnet=dict(anchor_scale=4., reach=3.),
+                      tood=dict(anchor_scale=4.), retina=dict(anchor_scale=4.),
                       ala=dict(blur_radius=0))     # a blur of 3 cells for 800 px is half a cell for 128
 
 def recipe(

@@ -2,6 +2,7 @@
 
     python scripts/snapshots.py                   # all methods; each takes a few minutes on one core
     python scripts/snapshots.py fcos dw           # these only
+    python scripts/snapshots.py vfnet --run DIR   # the weights of a finished run in half precision, as vfnet.safetensors
 
 Stopped and started again it goes on where it was: a method whose file is newer than its run is not trained again.
 """
@@ -9,7 +10,7 @@ import argparse, json, shutil
 from pathlib import Path
 import numpy as np
 from ala_nb import snapshots as S
-from ala_nb.detector import load_detector
+from ala_nb.detector import load_detector, save_weights
 from ala_nb.methods import choice
 from ala_nb.train import recipe, resume, train
 
@@ -45,7 +46,11 @@ def main():
     p.add_argument('--runs', type=Path, default='runs/snapshots', help='folder of the runs')
     p.add_argument('--out', type=Path, default=S.FOLDER, help='folder of the files')
     p.add_argument('--again', action='store_true', help='train anew what is there already')
+    p.add_argument('--run', help='a finished run whose last weights are kept; give one name, of the file')
     a = p.parse_args()
+    if a.run:
+        if len(a.names) != 1: p.error('--run: give one name, of the file')
+        print(save_weights(load_detector(a.run, 'last').half(), a.out/f'{a.names[0]}.safetensors')); return
     for n in a.names: choice('name', n, list(S.RECIPES))
     for n in a.names or S.RECIPES:
         if (a.out/f'{n}.npz').exists() and not a.again: print(f'{n}: there already'); continue

@@ -1,6 +1,7 @@
 """Train a table of methods, seeds and switches, one row of CSV for each finished run.
 
     python scripts/sweep.py methods  --seeds 0 1 2       # every method on `shapes`, the default recipe
+    python scripts/sweep.py methods16 --seeds 0 1 2      # the default method with the network in bfloat16
     python scripts/sweep.py claims   --seeds 0 1         # the papers' claims (ala_nb.tables), 6 epochs
     python scripts/sweep.py short    --seeds 0 1 2 3 4   # the same in a minute a run: a smaller network, an easier set
     python scripts/sweep.py tood     --seeds 0 1 2       # DW, DW on TOOD's head, TOOD: the minute's runs of `short`
@@ -43,7 +44,7 @@ TABLES = dict(
     # Combined IoUs' Table V; without a norm VFNet's stars die at this rate (26_vfnet)
     heads = [(name, f'{own} {o}'.strip()) for name,own in (('gflv2',''), ('vfnet','star_norm=True'), ('gfl',''))
              for o in ('', 'pred_weight=1.0', "pred_weight='rising'")]
-          + [('vfnet', '')] + [('ciou_atss', f"{o}cls_loss='{loss}' third_branch='centerness'")
+          + [('vfnet', ''), ('retina', '')] + [('ciou_atss', f"{o}cls_loss='{loss}' third_branch='centerness'")
                                for loss in ('focal', 'qfl') for o in ('pred_weight=0 ', '')],
     methods = ALL + [('ala', "parts='confidence'"), ('o2f', 't_min=0.0'), ('o2f', 'alpha=0.5 t_min=0.0'),
         ('poto', "max_filter=True aux='atss'"), ('gflv2', ''), ('gflv2', 'pred_weight=1.0'),
@@ -53,8 +54,9 @@ TABLES = dict(
              + [('fcos', ''), ('fcos', 'ranges=None'), ('ciou_atss', ''), ('ciou_atss', 'anchor_weight=0')],
     bccd = ALL, bccd16 = ALL + [('ala', "parts='confidence'")])
 TABLES['short'] = TABLES['claims'] + [('ala', f"losses='HN' without_soft='{x}'") for x in ('silent', 'positive')]
+TABLES['methods16'] = [('autoassign', '')]
 TABLES['tood'] = [('dw', ''), ('dw', 'task_head=True'), ('tood', '')]
-FILES = dict(methods='shapes.csv', claims='claims.csv', readings='claims.csv', bccd='bccd.csv', bccd16='bccd_bf16.csv',
+FILES = dict(methods='shapes.csv', methods16='shapes_bf16.csv', claims='claims.csv', readings='claims.csv', bccd='bccd.csv', bccd16='bccd_bf16.csv',
              short='short.csv', one_to_one='one_to_one.csv', heads='heads.csv', tood='tood.csv')
 SHORT = '--epochs 6'.split()         # of claims and readings: both sides of a comparison have the same budget
 # 1,500 steps of four images: three of the shapes, plain, on 96 px, and the network of the snapshots
@@ -123,7 +125,7 @@ def main():
     if real and not a.data: p.error(f'{a.table}: --data DIR is needed')
     results = Path(a.results)/FILES[a.table]
     results.parent.mkdir(parents=True, exist_ok=True)
-    base = ['--data', a.data, '--val_split', a.split, *BCCD] if real else [] if a.table == 'methods' else SHORT
+    base = ['--data', a.data, '--val_split', a.split, *BCCD] if real else [] if a.table == 'methods' else '--amp bf16'.split() if a.table == 'methods16' else SHORT
     if a.table in ('short', 'one_to_one', 'heads', 'tood'): base = SMALL
     base = base + (BF16 if a.table == 'bccd16' else []) + extra
     for seed in a.seeds:
