@@ -56,8 +56,8 @@ TABLES = dict(
 TABLES['short'] = TABLES['claims'] + [('ala', f"losses='HN' without_soft='{x}'") for x in ('silent', 'positive')]
 TABLES['methods16'] = [('autoassign', '')]
 TABLES['tood'] = [('dw', ''), ('dw', 'task_head=True'), ('tood', '')]
-FILES = dict(methods='shapes.csv', methods16='shapes_bf16.csv', claims='claims.csv', readings='claims.csv', bccd='bccd.csv', bccd16='bccd_bf16.csv',
-             short='short.csv', one_to_one='one_to_one.csv', heads='heads.csv', tood='tood.csv')
+FILES = dict(methods='shapes.csv', methods16='shapes_bf16.csv', claims='claims.csv', readings='claims.csv',
+             bccd='bccd.csv', bccd16='bccd_bf16.csv', short='short.csv', one_to_one='one_to_one.csv', heads='heads.csv', tood='tood.csv')
 SHORT = '--epochs 6'.split()         # of claims and readings: both sides of a comparison have the same budget
 # 1,500 steps of four images: three of the shapes, plain, on 96 px, and the network of the snapshots
 SMALL = ("--train_images 1500 --val_images 300 --epochs 4 --batch_size 4 --lr 0.006 --eval_every 4 --eval_both true "
@@ -125,9 +125,9 @@ def main():
     if real and not a.data: p.error(f'{a.table}: --data DIR is needed')
     results = Path(a.results)/FILES[a.table]
     results.parent.mkdir(parents=True, exist_ok=True)
-    base = ['--data', a.data, '--val_split', a.split, *BCCD] if real else [] if a.table == 'methods' else '--amp bf16'.split() if a.table == 'methods16' else SHORT
-    if a.table in ('short', 'one_to_one', 'heads', 'tood'): base = SMALL
-    base = base + (BF16 if a.table == 'bccd16' else []) + extra
+    base = SHORT if a.table in ('claims', 'readings') else [] if a.table in ('methods', 'methods16') else SMALL
+    if real: base = ['--data', a.data, '--val_split', a.split, *BCCD]
+    base = base + dict(bccd16=BF16, methods16=BF16[:2]).get(a.table, []) + extra
     for seed in a.seeds:
         for method, options in TABLES[a.table]:
             if a.only and method not in a.only or not re.search(a.rows, f'{method} {options}'): continue
