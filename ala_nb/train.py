@@ -40,8 +40,8 @@ class DataKnobs:
     train_split:str     = knob('train', 'name of the split to train on')
     val_split:str       = knob('val', 'name of the split to evaluate on')
     data_options:dict   = knob(dict, 'more options for the data set, key=value')
-    train_images:int    = knob(0, 'train on the first so many images only; 0 for all', lo=0)
-    val_images:int      = knob(0, 'evaluate on the first so many images only; 0 for all', lo=0)
+    train_images:int    = knob(9000, 'train on the first so many images only, shapes draws as many; 0 for all', lo=0)
+    val_images:int      = knob(0, 'evaluate on the first so many images only, shapes draws as many; 0 for all', lo=0)
     size:int            = knob(0, 'shorter side of the images, px; 0 leaves them as they are, but for max_size', lo=0)
     max_size:int        = knob(0, 'longest side, px; 0 for no limit', lo=0)
     scales:tuple        = knob((), 'multi-scale training: shorter sides to draw from, px', of=int, above=0)
@@ -72,7 +72,7 @@ class DetectorKnobs:
 @dataclass(frozen=True)
 class BudgetKnobs:
     "How long, and by which steps."
-    epochs:int          = knob(14, 'passes over the training images', above=0)
+    epochs:int          = knob(4, 'passes over the training images', above=0)
     steps:int           = knob(0, 'optimiser steps; above 0 it takes the place of --epochs', lo=0)
     batch_size:int      = knob(8, 'images in a forward pass, of all processes together', above=0)
     accumulate:int      = knob(1, 'forward passes in an optimiser step', above=0)
@@ -117,7 +117,7 @@ class MachineKnobs:
 class OutputKnobs:
     "What is written, and when."
     out:str             = knob('', "folder of the run; '' takes runs/DATA-METHOD, numbered if that is taken")
-    eval_every:int      = knob(2, 'epochs between evaluations; 0 for none', lo=0)
+    eval_every:int      = knob(1, 'epochs between evaluations; 0 for none', lo=0)
     eval_both:bool      = knob(False, 'evaluate with NMS and without; two more columns, AP_nms and AP_no_nms')
     keep:int            = knob(0, 'weights of the newest so many checkpointed epochs are kept as epoch-N.safetensors',
                                lo=0)
@@ -136,8 +136,8 @@ class Config(OutputKnobs, MachineKnobs, BudgetKnobs, DetectorKnobs, DataKnobs):
         for f in dataclasses.fields(self): object.__setattr__(self, f.name, check_knob(f, getattr(self, f.name)))
 
 # %% ../nbs/16_train.ipynb #c006b
-FOLDER = dict(backbone='resnet18', size=480, max_size=800, epochs=12, batch_size=8,
-              optimizer='sgd', lr=.005, weight_decay=1e-4, schedule='multistep', warmup=500, eval_every=1, ema=0.,
+FOLDER = dict(train_images=0, backbone='resnet18', size=480, max_size=800, epochs=12, batch_size=8,
+              optimizer='sgd', lr=.005, weight_decay=1e-4, schedule='multistep', warmup=500, ema=0.,
               amp='auto', channels_last='auto')
 
 # first knob of each
@@ -430,13 +430,15 @@ def open_data(c:Config, device:torch.device) -> tuple: # training set, validatio
     change = train_transforms(c.size or None, c.max_size or None, c.flip, c.photometric, c.scales or None)
     eval_transforms(c.size or None, c.max_size or None)  # refused now, not at the first evaluation
     masks = with_masks(c.method, c.data_options)
-    train = first(load_dataset(c.data, c.train_split, **masks), c.train_images)
+    drawn = lambda n: dict(n=n) if c.data == 'shapes' and n else {}           # `shapes` has as many as are asked for
+    train = first(load_dataset(c.data, c.train_split, **{**drawn(c.train_images), **masks}), c.train_images)
     if c.train_images and not with_objects(train, 1):
         raise InputError(f'--train_images {c.train_images}: these images of {c.data} hold no object to learn from; '
                          f'take more of them')
     need_objects(train, min(c.scales, default=c.size), c.max_size)  # what is left of them at the size that is trained
     same = {} if c.data == 'shapes' else dict(classes=train.classes)  # labels mean the same in both splits
     options = {**masks, **same}
+    options = {**drawn(c.val_images), **options}
     try: val = first(load_dataset(c.data, c.val_split, **options), c.val_images) if c.eval_every else None
     except InputError as e:
         raise InputError(f'{e} (--val_split names another split, --eval_every 0 trains without one)') from None
@@ -1138,8 +1140,9 @@ def with_preset(given:dict, other) -> dict: # None where something was only to b
         given, said = presets.preset_knobs(name, given)
         if os.environ.get('RANK', '0') == '0': say('\n'.join(said))
         if not show and 'data' not in given: raise InputError('--preset: say where the images are with --data DIR')
-    return say(json.dumps(dataclasses.asdict(as_config(given) if 'data' not in given and name else recipe(**given)),
-                          indent=1)) if show else given
+    if not show: return given
+    folder = dict(data='DIR') if name else {}                         # a paper's preset is for a folder of images
+    return say(json.dumps(dataclasses.asdict(recipe(**{**folder, **given})), indent=1))
 
 def none_words(method:str, options:dict) -> dict:
     """Options with 'none' for an unquoted `none`, where a method's option is a word (`centre=none`) and not a number

@@ -1,7 +1,8 @@
 """Train a table of methods, seeds and switches, one row of CSV for each finished run.
 
-    python scripts/sweep.py methods  --seeds 0 1 2       # every method on `shapes`, the default recipe
-    python scripts/sweep.py methods16 --seeds 0 1 2      # the default method with the network in bfloat16
+    python scripts/sweep.py methods  --seeds 0 1 2       # every method on `shapes`, 14 epochs of 3,000 images
+    python scripts/sweep.py default  --seeds 0 1 2       # what `python -m ala_nb.train` does by itself
+    python scripts/sweep.py default16 --seeds 0 1 2      # the same with the network in bfloat16
     python scripts/sweep.py claims   --seeds 0 1         # the papers' claims (ala_nb.tables), 6 epochs
     python scripts/sweep.py short    --seeds 0 1 2 3 4   # the same in a minute a run: a smaller network, an easier set
     python scripts/sweep.py tood     --seeds 0 1 2       # DW, DW on TOOD's head, TOOD: the minute's runs of `short`
@@ -54,15 +55,19 @@ TABLES = dict(
              + [('fcos', ''), ('fcos', 'ranges=None'), ('ciou_atss', ''), ('ciou_atss', 'anchor_weight=0')],
     bccd = ALL, bccd16 = ALL + [('ala', "parts='confidence'")])
 TABLES['short'] = TABLES['claims'] + [('ala', f"losses='HN' without_soft='{x}'") for x in ('silent', 'positive')]
-TABLES['methods16'] = [('autoassign', '')]
+TABLES['default'] = TABLES['default16'] = [('autoassign', '')]
 TABLES['tood'] = [('dw', ''), ('dw', 'task_head=True'), ('tood', '')]
-FILES = dict(methods='shapes.csv', methods16='shapes_bf16.csv', claims='claims.csv', readings='claims.csv',
-             bccd='bccd.csv', bccd16='bccd_bf16.csv', short='short.csv', one_to_one='one_to_one.csv', heads='heads.csv', tood='tood.csv')
-SHORT = '--epochs 6'.split()         # of claims and readings: both sides of a comparison have the same budget
+FILES = dict(methods='shapes.csv', default='default.csv', default16='default_bf16.csv', claims='claims.csv',
+             readings='claims.csv', bccd='bccd.csv', bccd16='bccd_bf16.csv', short='short.csv', one_to_one='one_to_one.csv', heads='heads.csv', tood='tood.csv')
+STANDARD = '--train_images 3000 --epochs 14 --eval_every 2'.split()
+SHORT = '--train_images 3000 --epochs 6 --eval_every 2'.split()  # of claims and readings: both sides have one budget
 # 1,500 steps of four images: three of the shapes, plain, on 96 px, and the network of the snapshots
 SMALL = ("--train_images 1500 --val_images 300 --epochs 4 --batch_size 4 --lr 0.006 --eval_every 4 --eval_both true "
     "--data_options image_size=96 objects=(1,6) clutter=0 texture=0. contrast=(90.,150.) classes=('disc','cross','ring') "
     "--detector_options channels=24 head_convs=1 backbone_options={'widths':(8,16,24,32,48)}").split()
+# of each table; the others have `SMALL`
+BUDGETS = dict(default=[], default16=BF16[:2], methods=STANDARD, claims=SHORT, readings=SHORT, bccd=BCCD,
+               bccd16=BCCD+BF16)
 FIELDS = 'method options seed AP AP50 AP75 AP_no_nms AP_nms map_iou seconds command versions'.split()
 
 def done(path):
@@ -125,9 +130,7 @@ def main():
     if real and not a.data: p.error(f'{a.table}: --data DIR is needed')
     results = Path(a.results)/FILES[a.table]
     results.parent.mkdir(parents=True, exist_ok=True)
-    base = SHORT if a.table in ('claims', 'readings') else [] if a.table in ('methods', 'methods16') else SMALL
-    if real: base = ['--data', a.data, '--val_split', a.split, *BCCD]
-    base = base + dict(bccd16=BF16, methods16=BF16[:2]).get(a.table, []) + extra
+    base = (['--data', a.data, '--val_split', a.split] if real else []) + BUDGETS.get(a.table, SMALL) + extra
     for seed in a.seeds:
         for method, options in TABLES[a.table]:
             if a.only and method not in a.only or not re.search(a.rows, f'{method} {options}'): continue
