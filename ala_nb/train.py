@@ -40,7 +40,7 @@ class DataKnobs:
     train_split:str     = knob('train', 'name of the split to train on')
     val_split:str       = knob('val', 'name of the split to evaluate on')
     data_options:dict   = knob(dict, 'more options for the data set, key=value')
-    train_images:int    = knob(9000, 'train on the first so many images only, shapes draws as many; 0 for all', lo=0)
+    train_images:int    = knob(10500, 'train on the first so many images only, shapes draws as many; 0 for all', lo=0)
     val_images:int      = knob(0, 'evaluate on the first so many images only, shapes draws as many; 0 for all', lo=0)
     size:int            = knob(0, 'shorter side of the images, px; 0 leaves them as they are, but for max_size', lo=0)
     max_size:int        = knob(0, 'longest side, px; 0 for no limit', lo=0)
