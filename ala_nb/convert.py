@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['CAFFE', 'MSRA', 'BY_CLASS', 'ANCHORS', 'FORMS', 'MSRA_FORMS', 'CAFFE_FORMS', 'DW_PRIOR', 'BLOCKS', 'GROUPED', 'LOGS',
-           'guess_form', 'which_resnet', 'which_swin', 'backbone_options', 'pyramid_options', 'detector_options',
-           'Inert', 'read_checkpoint', 'class_names', 'convert_state', 'convert', 'main']
+           'guess_form', 'which_resnet', 'which_swin', 'backbone_options', 'pyramid_options', 'needed',
+           'detector_options', 'Inert', 'read_checkpoint', 'class_names', 'check_words', 'their_name', 'known_source',
+           'convert_state', 'convert', 'main']
 
 # %% ../nbs/22_convert.ipynb #v002
-import contextlib, json, re, sys
+import json, re, sys, zipfile
 from pathlib import Path
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from .geometry import InputError
-from .methods import choice
-from .detector import Detector, NAMES, folded_statistics, made_by, our_names, save_weights
+from .data import eval_transforms
+from .detector import (Detector, MARKS, NAMES, file_in, folded_statistics, made_by, our_names, save_weights)
 from .evaluate import Parser, exit_code, underscored
 
 # %% ../nbs/22_convert.ipynb #v011
@@ -58,7 +60,9 @@ def guess_form(
 )->str: # a name of FORMS
     "Which form the weights are of; `InputError` where they do not say."
     has = lambda part: any(part in k for k in state)
-    if source == 'torchvision': return 'torchvision'
+    if source == 'torchvision' and has('bbox_ctrness'): return 'torchvision'
+    if source == 'torchvision': raise InputError("of torchvision's detectors FCOS alone can be converted, and the "
+                                                 "weights have no head.regression_head.bbox_ctrness")
     if source == 'cvpods': return 'autoassign_cvpods'
     if source == 'atss': return 'atss_authors'           # Combined IoUs' tensors have the same names
     if has('bbox_head.inter_convs'): return 'tood'
@@ -73,8 +77,10 @@ def guess_form(
     if has('bbox_head.vfnet_cls'): return 'vfnet'
     if 'norm_on_bbox' in config: return 'fcos' if re.search(r'norm_on_bbox\W*[=:]\s*True', config) else 'fcos_v1'
     if 'FCOSHead' in config: return 'fcos_v1'
-    raise InputError("--form: the weights do not say which FCOS they are; give fcos_v1 (exp, centre-ness on the class "
-                     "tower) or fcos (norm_on_bbox, centerness_on_reg)")
+    if not has('bbox_head.conv_centerness'): raise InputError(
+        f"the weights are of none of the detectors that can be converted: {', '.join(FORMS)}")
+    raise InputError("the weights do not say which FCOS they are; give --form fcos_v1 (exp, centre-ness on the class "
+                     "tower) or --form fcos (norm_on_bbox, centerness_on_reg)")
 
 # %% ../nbs/22_convert.ipynb #v021
 BLOCKS = {(2,2,2,2,False): 'resnet18', (3,4,6,3,False): 'resnet34', (3,4,6,3,True): 'resnet50',
@@ -139,20 +145,22 @@ def pyramid_options(
                 strides=[32//2**(levels-1)*2**i for i in range(levels+extra)])
 
 # %% ../nbs/22_convert.ipynb #v021y
+def needed(form:str)->tuple: # our names
+    "Tensors without which nothing can be said of a detector: of the head, of its towers, of the pyramid."
+    tower = 'head.inter.0.0.weight' if form == 'tood' else 'head.box_tower.0.weight'
+    return ('head.cls.weight', tower, 'pyramid.fpn.inner_blocks.0.0.weight', 'pyramid.fpn.extra_blocks.convs.0.weight',
+            *['head.mask_features.weight']*(form == 'condinst'))
+
 def detector_options(
     state:dict, # name -> tensor, our names
     form:str,   # a name of FORMS
     style:str=None, # 'pytorch' or 'caffe'; None: by the weights, or as the form was published
 )->dict: # options of `Detector`
-    "The detector that these weights belong to."
-    o = json.loads(json.dumps(FORMS[choice('--form', form, tuple(FORMS))]))
+    "The detector that these weights, among them those of `needed`, belong to."
+    o = json.loads(json.dumps(FORMS[form]))
     o.update(backbone_options(state, form, style))
-    tower = r'head\.inter\.\d+\.0\.weight' if form == 'tood' else r'head\.box_tower\.\d+\.weight'
-    first = tower.replace(r'\d+', '0').replace('\\', '')
-    need = 'head.cls', first.removesuffix('.weight'), 'pyramid.fpn.inner_blocks.0.0', 'pyramid.fpn.extra_blocks.convs.0'
-    for k in (f'{n}.weight' for n in need):
-        if k not in state:
-            raise InputError(f"the weights hold no {k} (our name); is this a whole detector with a pyramid?")
+    first = needed(form)[1]
+    tower = re.escape(first).replace('0', r'\d+', 1)
     o.update(pyramid_options(state), num_classes=state['head.cls.weight'].shape[0],
              trainable_layers=3)                           # all were trained with the stem and the next stage frozen
     o['head_convs'] = sum(bool(re.fullmatch(tower, k)) and v.ndim == 4 for k,v in state.items())
@@ -181,21 +189,21 @@ def read_checkpoint(
     """Weights of a checkpoint and what it says of itself; no code of the file is run. `InputError` if it cannot be read
     so."""
     path = Path(path)
-    if not path.is_file(): raise InputError(f"{path}: there is no such file")
-    if path.suffix == '.safetensors':
-        from safetensors.torch import load_file
-        try: return load_file(path), {}
-        except Exception as e: raise InputError(f"{path}: cannot be read ({type(e).__name__}); is it complete?") from e
+    if path.is_dir(): raise InputError(f"{path}: is a folder; give a file{file_in(path)}")
+    if not path.is_file(): raise InputError(f"{path}: there is no such file; give a .pth, .pt or .safetensors file")
     try:
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        if path.suffix == '.safetensors': return load_file(path), {}
+        # files of torch before 1.6 are no archives, and their objects are not listed; `weights_only` refuses them
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
         bad = next((g for g in unsafe if not re.fullmatch(LOGS, g)), None)
         if bad: raise InputError(f"{path}: holds {bad}, which is neither a tensor nor a number; nothing of it was run, "
                                  "and nothing is read")
         with torch.serialization.safe_globals([(Inert, g) for g in unsafe]): found = torch.load(path,
             map_location='cpu', weights_only=True)
     except InputError: raise
-    except Exception as e: raise InputError(f"{path}: cannot be read as weights ({type(e).__name__}: "
-                                            f"{str(e).splitlines()[0][:100] if str(e) else ''})") from e
+    except Exception as e:
+        raise InputError(f"{path}: cannot be read ({type(e).__name__}); is it complete? What torch.save wrote is read, "
+                         "and .safetensors") from e
     notes = found.get('meta') if isinstance(found, dict) and isinstance(found.get('meta'), dict) else {}
     for key in ('state_dict','model'): found = found[key] if isinstance(found, dict) and isinstance(found.get(key),
         dict) else found
@@ -216,6 +224,39 @@ def class_names(notes:dict, n:int, source:str)->list:
     if len(names) != n: names = (['background'] if source == 'torchvision' else []) + [f'class {i}' for i in range(n)]
     return [c if names.count(c) == 1 else f'{c} {i}' for i,c in enumerate(map(str, names[:n]))]
 
+# %% ../nbs/22_convert.ipynb #v041a
+def check_words(source:str=None, form:str=None, style:str=None)->None:
+    "`InputError` for a word that is none; None is one."
+    known = dict(zip(('--from', '--form', '--style'), (tuple(NAMES), tuple(FORMS), ('pytorch', 'caffe'))))
+    for (flag,words),given in zip(known.items(), (source, form, style)):
+        if given is not None and given not in words:
+            raise InputError(f"{flag}: there is no {given!r}; take one of {', '.join(words)}")
+
+def their_name(
+    name:str,   # of a tensor of ours
+    state:dict, # name -> tensor, official names
+    ours:dict,  # the same tensors under our names
+)->str:
+    "What the file calls a tensor, or would call it by what else is of its module; our name where neither tells."
+    known, stem = {id(v): k for k,v in state.items()}, lambda k: k.rpartition('.')[0]
+    if name in ours and id(ours[name]) in known: return known[id(ours[name])]
+    near = next((known[id(v)] for k,v in ours.items() if stem(k) == stem(name) and id(v) in known), None)
+    return f'{name} (our name)' if near is None else f"{stem(near)}.{name.rpartition('.')[2]}"
+
+def known_source(state:dict, source:str=None, style:str=None)->str:
+    "Whose weights these are; `InputError` if nobody's that is known, or not theirs who are named."
+    made = made_by(state)
+    if made is None and 'head.cls.weight' in state and any(k.startswith('body.') for k in state): raise InputError(
+        "is of ala_nb's own format; give its run to evaluate or predict, or the file itself to train --weights")
+    if made is None: raise InputError(f"these are not the weights of a detector of {', '.join(NAMES)}; of theirs these "
+                                      f"can be converted: {', '.join(FORMS)}; for a backbone alone use --weights")
+    if source not in (None, made) and not any(k.startswith(MARKS[source]) for k in state):
+        raise InputError(f"the tensors have {made}'s names, not {source}'s; leave --from {source} out")
+    if (source or made) == 'torchvision' and style == 'caffe':
+        raise InputError("torchvision's ResNets are of PyTorch's style; leave --style caffe out")
+    return source or made
+
+# %% ../nbs/22_convert.ipynb #v041b
 def convert_state(
     state:dict,      # name -> tensor, official names
     source:str=None, # 'mmdet', 'torchvision', 'cvpods', 'atss'; None: by the names
@@ -224,26 +265,30 @@ def convert_state(
     notes:dict=None, # what the file says of itself
 ): # detector in evaluation mode, names of tensors that have no place in it
     "Our detector with another program's weights."
-    source = choice('--from', source, tuple(NAMES)) if source else made_by(state)
-    if source is None: raise InputError(f"these are not the weights of a detector that is known ({', '.join(NAMES)}); "
-                                        "for a backbone alone use --weights")
+    check_words(source, form, style); source = known_source(state, source, style)
     config = str((notes or {}).get('cfg') or (notes or {}).get('config') or '')
     form = form or guess_form(state, source, config)
     ours, left = our_names(state, source)
     if form.startswith('dw') and all((ours.get(f'method.{k}', v) == v).all() for k,v in DW_PRIOR.items()):
         ours = {k: v for k,v in ours.items() if k not in ('method.mu','method.sigma')}      # constants of ours, too
     if style is None and (m := re.search(r"style\W*[=:]\s*['\"](pytorch|caffe)['\"]", config)): style = m[1]
-    model = Detector(**detector_options(ours, form,
-                                        style)).to(next(v.dtype for v in ours.values() if v.is_floating_point()))
+    absent = [k for k in needed(form) if k not in ours]
+    if absent:
+        raise InputError(f"has no {their_name(absent[0], state, ours)}; is this a whole detector with a pyramid?")
+    dtype = next(v.dtype for v in ours.values() if v.is_floating_point())
+    model = Detector(**detector_options(ours, form, style)).to(dtype)
     own = model.state_dict()
     left += [k for k in ours if k not in own and not k.endswith('num_batches_tracked')]
     wrong = next((k for k,v in own.items() if k in ours and ours[k].shape != v.shape), None)
-    if wrong: raise InputError(f"{wrong}: {tuple(ours[wrong].shape)} in the checkpoint, {tuple(own[wrong].shape)} in "
-                               f"form {form}; give another --form")
+    if wrong: raise InputError(f"{their_name(wrong, state, ours)} is {tuple(ours[wrong].shape)}, and form {form} needs "
+                               f"{tuple(own[wrong].shape)}; give another --form, or a whole file")
     missing = [k for k in own if k not in ours and not k.endswith(('num_batches_tracked','relative_position_index'))
                and k not in ('body.norms.0.weight','body.norms.0.bias')]
-    if missing: raise InputError(f"form {form} needs {len(missing)} tensors that the checkpoint does not have, first "
-                                 f"{missing[0]}; give another --form")
+    if missing: raise InputError(f"form {form} needs {len(missing)} tensors that are not there, first "
+                                 f"{their_name(missing[0], state, ours)}; give another --form, or a whole file")
+    bad = next((k for k in own if k in ours and ours[k].is_floating_point() and not ours[k].isfinite().all()), None)
+    if bad: raise InputError(f"{their_name(bad, state, ours)} has values that are not finite numbers; give another "
+                             "checkpoint")
     model.load_state_dict({**own, **{k: v for k,v in ours.items() if k in own}})
     # of float64 weights not rounded to float32
     for k in ('mean','std'): setattr(model, k, torch.tensor(model.config[k], dtype=model.mean.dtype).view(3,1,1))
@@ -255,15 +300,17 @@ def convert(
     checkpoint,      # path of a .pth, .pt or .safetensors file
     out,             # folder of the run; made
     source:str=None, form:str=None, style:str=None, # see `convert_state`
-    size:int=800, max_size:int=1333, # px, shorter and longest side of the images
+    size:int=800, max_size:int=1333, # px, shorter and longest side of the images; 0: none
 )->str: # what was done, a line
     "Write a run with a published detector's weights."
     out = Path(out)
+    check_words(source, form, style); eval_transforms(size or None, max_size or None)        # refused now
     if (out/'config.json').exists(): raise InputError(f"--out {out}: a run is there already; give another folder")
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir(): raise InputError(f"--out {out}: {there} is a file; name a folder, which is made")
     state, notes = read_checkpoint(checkpoint)
-    model, left = convert_state(state, source, form, style, notes)
-    bad = next((k for k,v in model.state_dict().items() if v.is_floating_point() and not v.isfinite().all()), None)
-    if bad: raise InputError(f"{checkpoint}: {bad} has values that are not finite numbers; give another checkpoint")
+    try: model, left = convert_state(state, source, form, style, notes)
+    except InputError as e: raise InputError(f'{checkpoint}: {e}') from None
     o = model.float().config
     train = {k: o[k] for k in ('method','backbone','method_options','score_threshold',
                                'nms_threshold')} | dict(size=size, max_size=max_size)
@@ -277,6 +324,7 @@ def convert(
     return (f"{out}: {o['method']} on {o['backbone']}, {len(model.classes)} classes, "
             f"{sum(p.numel() for p in model.parameters())/1e6:.1f} M parameters{words}")
 
+# %% ../nbs/22_convert.ipynb #v051m
 def main(
     argv=None, # list of arguments; None: of the command line
 )->int: # exit code
@@ -288,8 +336,9 @@ def main(
     p.add_argument('--form', metavar='NAME', help=f"which detector: {', '.join(FORMS)} [by the weights]")
     p.add_argument('--style', metavar='pytorch|caffe', help='of its ResNet [by the file, or as it was published]')
     p.add_argument('--out', required=True, metavar='RUN', help='folder of the run; it is made')
-    p.add_argument('--size', type=int, default=800, metavar='PX', help='shorter side of the images [800]')
-    p.add_argument('--max_size', type=int, default=1333, metavar='PX', help='longest side [1333]')
+    p.add_argument('--size', type=int, default=800, metavar='PX',
+                   help='shorter side of the images, 0: as they are [800]')
+    p.add_argument('--max_size', type=int, default=1333, metavar='PX', help='longest side, 0: any [1333]')
     return exit_code(lambda: print(convert(**vars(p.parse_args(underscored(argv))))))
 
 # %% ../nbs/22_convert.ipynb #v053

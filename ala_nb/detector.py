@@ -11,7 +11,7 @@ __all__ = ['NORMS', 'RESNETS', 'STYLES', 'TRANSFORMERS', 'USUAL', 'BACKBONES', '
            'PropertyBranch', 'Level', 'Plan', 'Part', 'precise', 'Towers', 'Classes', 'Numbers', 'Distances',
            'ThirdBranch', 'BoundaryPoints', 'Property', 'Pooled', 'part_class', 'Head', 'padded', 'check_images',
            'batch_images', 'check_targets', 'top_scores', 'likely_scores', 'soften', 'thinned', 'detections', 'made_by',
-           'our_names', 'swin_name', 'swin_names', 'strange_object', 'read_weights', 'imagenet_weights',
+           'our_names', 'swin_name', 'swin_names', 'strange_object', 'file_in', 'read_weights', 'imagenet_weights',
            'folded_statistics', 'check_style', 'take_weights', 'whole', 'fraction', 'colours', 'options_dict', 'named',
            'settle', 'as_tuple', 'make_method', 'method_config', 'set_head', 'backbone_config', 'Detector', 'resized',
            'detect_scales', 'save_weights', 'read_config', 'check_header', 'load_detector']
@@ -1027,21 +1027,27 @@ def strange_object(
     try: return next(iter(torch.serialization.get_unsafe_globals_in_checkpoint(path)), '')
     except Exception: return ''
 
+def file_in(folder)->str:
+    "The weights in the folder of a run, as an example for messages; nothing where there are none."
+    file = Path(folder)/'last.safetensors'
+    return f", such as {file}" if file.is_file() else ''
+
 def read_weights(
     path, # .safetensors, or whatever torch.save wrote
 )->dict: # name -> tensor
     "Tensors of a weights file, without the wrappings that training programs put around them."
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"weights: there is no file {str(path)!r}; give none, imagenet or the path of a weights file")
+        what = f'{str(path)!r} is a folder' if path.is_dir() else f'there is no file {str(path)!r}'
+        raise InputError(f"weights: {what}; give none, imagenet or the path of a weights file{file_in(path)}")
     try: state = load_file(path) if path.suffix=='.safetensors' else torch.load(path, map_location='cpu',
                                                                                 weights_only=True)
     except Exception as e:
         if bad := strange_object(path): raise InputError(
             f"weights: {str(path)!r} holds {bad}, which is neither a tensor nor a number; nothing of it was run; save "
             "its state_dict alone, or make a run of it with python -m ala_nb.convert") from e
-        raise InputError(f"weights: {str(path)!r} cannot be read ({type(e).__name__}); is it a complete .safetensors "
-                         "or .pth file?") from e
+        raise InputError(f"weights: {str(path)!r} cannot be read ({type(e).__name__}); is it complete? What torch.save "
+                         "wrote is read, and .safetensors") from e
     for key in ('state_dict','model'):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     state = ({k.removeprefix('module.'): v for k,v in state.items() if isinstance(v, Tensor)}
@@ -1125,6 +1131,8 @@ def take_weights(
         "norm='frozen' or 'batch'")
     check_style(model.body, state, source)
     fresh = ('num_batches_tracked', *getattr(model.body, 'fresh', ()))
+    bad = next((k for k,v in fits.items() if v.is_floating_point() and not v.isfinite().all()), None)
+    if bad: raise InputError(f"weights: {source}: {bad} has values that are not finite numbers; give another file")
     missing = [k for k in own if k.startswith('body.') and k not in fits and not any(f in k for f in fresh)]
     if missing: warnings.warn(f"{source}: {len(missing)} tensors of the backbone are not in it and stay as drawn, "
                               f"first {missing[0].removeprefix('body.')}", stacklevel=2)

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from golden_util import same_record
 from ala_nb import convert as C
-from ala_nb.detector import Detector, load_detector, made_by, our_names, read_weights
+from ala_nb.detector import Detector, load_detector, made_by, our_names, read_weights, save_weights
 from ala_nb.geometry import InputError
 
 spec = importlib.util.spec_from_file_location('official', Path(__file__).resolve().parent.parent/'scripts'/'official.py')
@@ -36,23 +36,42 @@ def test_command_writes_a_run(case, tmp_path, capsys):
 
 @pytest.mark.parametrize('change,words', [
     (lambda s: {k: v for k, v in s.items() if 'conv_reg' not in k}, 'head.box'), (lambda s: {k: v for k, v in s.items() if 'neck' not in k}, 'pyramid'),
+    (lambda s: {k: v for k, v in s.items() if k != 'bbox_head.conv_reg.weight'}, 'bbox_head.conv_reg.weight'), (lambda s: {k: v for k, v in s.items() if k != 'bbox_head.conv_cls.weight'}, 'no bbox_head.conv_cls.weight'),
     (lambda s: {k: v for k, v in s.items() if 'layer3' not in k}, 'blocks'), (lambda s: {k[9:]: v for k, v in s.items() if k.startswith('backbone.')}, '--weights'),
-    (lambda s: {**s, 'bbox_head.conv_reg.bias': torch.full((4,), float('nan'))}, 'not finite'), (lambda s: {**s, 'bbox_head.conv_cls.weight': torch.zeros(5, 8, 3, 3)}, 'another --form')])
+    (lambda s: {**s, 'bbox_head.conv_reg.bias': torch.full((4,), float('nan'))}, 'bbox_head.conv_reg.bias has values that are not finite'), (lambda s: {**s, 'bbox_head.conv_cls.weight': torch.zeros(5, 8, 3, 3)}, 'another --form')])
 def test_bad_checkpoints_end_in_a_line(change, words, tmp_path, capsys):
     with np.load(GOLDEN/'fcos.npz') as z: state = O.state_of(dict(z))
     torch.save(change(state), tmp_path/'x.pth')
     assert C.main([str(tmp_path/'x.pth'), '--form', 'fcos', '--out', str(tmp_path/'run')]) == 2
     err = capsys.readouterr().err
-    assert words in err and err.count('\n') == 1 and not (tmp_path/'run').exists()
+    assert words in err and f"error: {tmp_path/'x.pth'}: " in err and err.count('\n') == 1 and not (tmp_path/'run').exists()
 
 def test_form_is_asked_for_and_checked(tmp_path, capsys):
     with np.load(GOLDEN/'fcos.npz') as z: state = O.state_of(dict(z))
     torch.save(state, tmp_path/'x.pth')
-    for more, words in (([], 'fcos_v1'), (['--form', 'fcoss'], "'fcos'"), (['--form', 'atss', '--from', 'mmdett'], "'mmdet'"), (['--form', 'fcos', '--style', 'cafe'], "'caffe'")):
+    for more, words in (([], 'fcos_v1'), (['--form', 'fcoss'], 'fcos, '), (['--form', 'atss', '--from', 'mmdett'], 'mmdet, '), (['--form', 'fcos', '--style', 'cafe'], 'caffe'),
+                        (['--from', 'torchvision'], "mmdet's names, not torchvision's"), (['--size', '-5'], 'size'), (['--size', '0', '--max_size', '-1'], 'max_size')):
         assert C.main([str(tmp_path/'x.pth'), '--out', str(tmp_path/'run'), *more]) == 2
         assert words in capsys.readouterr().err and not (tmp_path/'run').exists()
     torch.save(dict(state_dict=state, meta=dict(cfg="bbox_head=dict(type='FCOSHead', norm_on_bbox=True), backbone=dict(style='pytorch')")), tmp_path/'y.pth')
     assert C.main([str(tmp_path/'y.pth'), '--out', str(tmp_path/'run')]) == 0 and not load_detector(tmp_path/'run').config['bgr']
+
+def test_what_cannot_be_converted_is_named(tmp_path, capsys):
+    "Other detectors, our own format, a folder, a file where the run should be; a file of torch before 1.6 is read."
+    with np.load(GOLDEN/'torchvision.npz') as z: state = O.state_of(dict(z))
+    model = Detector('fcos', 'tiny', 3); save_weights(model, tmp_path/'last.safetensors'); (tmp_path/'file').touch()
+    torch.save({k: v for k, v in state.items() if 'ctrness' not in k}, tmp_path/'retina.pth'); torch.save({'bbox_head.retina_cls.weight': torch.ones(1)}, tmp_path/'mm.pth')
+    torch.save(state, tmp_path/'tv.pth', _use_new_zipfile_serialization=False)
+    for name, more, words in (('retina.pth', [], 'FCOS alone'), ('mm.pth', [], 'can be converted: fcos_v1'), ('last.safetensors', [], "ala_nb's own format"), ('', [], f'such as {tmp_path}/last.safetensors'),
+                              ('tv.pth', ['--style', 'caffe'], 'leave --style caffe out'), ('tv.pth', ['--out', str(tmp_path/'file')], 'is a file'), ('tv.pth', ['--out', str(tmp_path/'file'/'run')], 'is a file')):
+        assert C.main([str(tmp_path/name), '--out', str(tmp_path/'run'), *more]) == 2
+        assert words in capsys.readouterr().err and not (tmp_path/'run').exists()
+    assert C.main([str(tmp_path/'tv.pth'), '--out', str(tmp_path/'run')]) == 0 and load_detector(tmp_path/'run').config['method'] == 'fcos'
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    model = Detector('fcos', 'tiny', 3); torch.nn.init.constant_(model.head.box.bias, float('nan')); save_weights(model, tmp_path/'last.safetensors')
+    with pytest.raises(InputError, match='head.box.bias has values that are not finite'): Detector('fcos', 'tiny', 3, weights=str(tmp_path/'last.safetensors'))
+    with pytest.raises(InputError, match='is a folder.*last.safetensors'): Detector('fcos', 'tiny', 3, weights=str(tmp_path))
 
 def test_pickles_with_code_are_not_run(tmp_path, capsys):
     class Evil:
