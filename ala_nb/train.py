@@ -101,10 +101,10 @@ class BudgetKnobs:
 class MachineKnobs:
     "Where and in which arithmetic."
     device:str          = knob('auto', "'auto', 'cpu', 'cuda', 'cuda:1'", live=True)
-    amp:str             = knob('off', 'mixed precision of the network (assignment and losses stay float32); auto: '
+    amp:str             = knob('auto', 'mixed precision of the network (assignment and losses stay float32); auto: '
                                       'bf16 where the machine is fast at it', choices=('auto','off','bf16','fp16'))
     compile:bool        = knob(False, 'torch.compile the network')
-    channels_last:str   = knob('false', 'channels-last memory format; auto: with bf16, and not for tiny',
+    channels_last:str   = knob('auto', 'channels-last memory format; auto: with bf16, and not for tiny',
                                choices=('auto','true','false'))
     threads:int         = knob(0, 'CPU threads; 0 leaves it to torch, but takes 1 for tiny on shapes (the number '
                                   'taken is stored)', lo=0, hi=1024, live=True)
@@ -137,8 +137,7 @@ class Config(OutputKnobs, MachineKnobs, BudgetKnobs, DetectorKnobs, DataKnobs):
 
 # %% ../nbs/16_train.ipynb #c006b
 FOLDER = dict(train_images=0, backbone='resnet18', size=480, max_size=800, epochs=12, batch_size=8,
-              optimizer='sgd', lr=.005, weight_decay=1e-4, schedule='multistep', warmup=500, ema=0.,
-              amp='auto', channels_last='auto')
+              optimizer='sgd', lr=.005, weight_decay=1e-4, schedule='multistep', warmup=500)
 
 # first knob of each
 GROUPS = dict(data='data', method='detector', epochs='budget and optimiser', device='machine', out='output')

@@ -14,7 +14,8 @@ from ala_nb.detector import load_detector, save_weights
 from ala_nb.methods import choice
 from ala_nb.train import recipe, resume, train
 
-KNOBS = dict(detector_options=S.NETWORK, train_images=3000, epochs=8, eval_every=8, threads=1)  # the rest as for `shapes`
+KNOBS = dict(detector_options=S.NETWORK, train_images=3000, epochs=8, eval_every=8, threads=1,
+             amp='off', channels_last='false')                                 # the rest as for `shapes`
 
 def make(name, runs, out, **changes):
     "Train one method, or go on with it, and write its file."

@@ -1,7 +1,7 @@
 """Train a table of methods, seeds and switches, one row of CSV for each finished run.
 
     python scripts/sweep.py methods  --seeds 0 1 2       # every method on `shapes`, 14 epochs of 3,000 images
-    python scripts/sweep.py default  --seeds 0 1 2       # what `python -m ala_nb.train` does by itself
+    python scripts/sweep.py default  --seeds 0 1 2       # what `python -m ala_nb.train` does, in float32
     python scripts/sweep.py default16 --seeds 0 1 2      # the same with the network in bfloat16
     python scripts/sweep.py claims   --seeds 0 1         # the papers' claims (ala_nb.tables), 6 epochs
     python scripts/sweep.py short    --seeds 0 1 2 3 4   # the same in a minute a run: a smaller network, an easier set
@@ -49,8 +49,7 @@ TABLES = dict(
           + [('vfnet', ''), ('retina', '')] + [('ciou_atss', f"{o}cls_loss='{loss}' third_branch='centerness'")
                                for loss in ('focal', 'qfl') for o in ('pred_weight=0 ', '')],
     methods = ALL + [('ala', "parts='confidence'"), ('o2f', 't_min=0.0'), ('o2f', 'alpha=0.5 t_min=0.0'),
-        ('poto', "max_filter=True aux='atss'"), ('gflv2', ''), ('gflv2', 'pred_weight=1.0'),
-        ('vfnet', 'star_norm=True'), ('vfnet', 'star_norm=True pred_weight=1.0')],
+        ('poto', "max_filter=True aux='atss'"), ('gflv2', ''), ('gflv2', 'pred_weight=1.0')],
     claims = list(dict.fromkeys(side for c in CLAIMS for side in (c.before, c.after))),
     readings = [('ala', o) for o in ALA_READINGS] + [('o2f', o) for o in O2F_READINGS]
              + [('fcos', ''), ('fcos', 'ranges=None'), ('ciou_atss', ''), ('ciou_atss', 'anchor_weight=0')],
@@ -60,17 +59,19 @@ TABLES['heads_long'] = TABLES['heads'][3:5]
 TABLES['default'] = TABLES['default16'] = [('autoassign', '')]
 TABLES['tood'] = [('dw', ''), ('dw', 'task_head=True'), ('tood', '')]
 FILES = dict(methods='shapes.csv', default='default.csv', default16='default_bf16.csv', claims='claims.csv',
-             readings='claims.csv', bccd='bccd.csv', bccd16='bccd_bf16.csv', short='short.csv', one_to_one='one_to_one.csv', heads='heads.csv',
-             heads_long='heads_long.csv', tood='tood.csv')
-STANDARD = '--train_images 3000 --epochs 14 --eval_every 2'.split()
-SHORT = '--train_images 3000 --epochs 6 --eval_every 2'.split()  # of claims and readings: both sides have one budget
+             readings='claims.csv', bccd='bccd.csv', bccd16='bccd_bf16.csv', short='short.csv',
+             one_to_one='one_to_one.csv', heads='heads.csv', heads_long='heads_long.csv', tood='tood.csv')
+FLOAT32 = '--amp off'.split()        # the same rows on every machine
+STANDARD = FLOAT32 + '--train_images 3000 --epochs 14 --eval_every 2'.split()
+SHORT = FLOAT32 + '--train_images 3000 --epochs 6 --eval_every 2'.split()
 # 1,500 steps of four images: three of the shapes, plain, on 96 px, and the network of the snapshots
-SMALL = ("--train_images 1500 --val_images 300 --epochs 4 --batch_size 4 --lr 0.006 --eval_every 4 --eval_both true "
+SMALL = FLOAT32 + (
+    "--train_images 1500 --val_images 300 --epochs 4 --batch_size 4 --lr 0.006 --eval_every 4 --eval_both true "
     "--data_options image_size=96 objects=(1,6) clutter=0 texture=0. contrast=(90.,150.) classes=('disc','cross','ring') "
     "--detector_options channels=24 head_convs=1 backbone_options={'widths':(8,16,24,32,48)}").split()
 # of each table; the others have `SMALL`
-BUDGETS = dict(default=[], default16=BF16[:2], methods=STANDARD, claims=SHORT, readings=SHORT, bccd=BCCD,
-               bccd16=BCCD+BF16, heads_long=SMALL+'--epochs 12 --eval_every 12'.split())
+BUDGETS = dict(default=FLOAT32, default16=BF16[:2], methods=STANDARD, claims=SHORT, readings=SHORT,
+               bccd=BCCD+FLOAT32, bccd16=BCCD+BF16, heads_long=SMALL+'--epochs 12 --eval_every 12'.split())
 FIELDS = 'method options seed AP AP50 AP75 AP_no_nms AP_nms map_iou seconds command versions'.split()
 
 def done(path):
