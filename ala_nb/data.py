@@ -743,8 +743,9 @@ def need_objects(ds, size=None, max_size=None):
         why = ', '.join(filter(None, causes))
         if not why:
             raise InputError(f'{where}; annotate some' + (', or bring the label files (labels/*.txt)'
-                if ds.notes.get('no label file') else ', or bring Annotations/*.xml' if ds.notes.get('unlabelled')
-                else ''))
+                if ds.notes.get('no label file') else ', or bring Annotations/*.xml'
+                if ds.notes.get('unlabelled') and ds.form=='voc' else ', or take a split that has annotations'
+                if ds.notes.get('unlabelled') else ''))
         f = ds.looks_like
         help = ('data option use_ignored=true learns them all the same' if c['crowd']
                 else f'read as {f} ({_meaning[f]}) they fit' + (f': data option bbox={f}' if ds.form=='coco' else '')

@@ -7,8 +7,8 @@ __all__ = ['REFERENCE_FPPI', 'METRICS', 'match_detections', 'precision_recall', 
            'evaluate_coco', 'coco_table', 'match_voc', 'evaluate_voc', 'miss_rate', 'jaccard_index',
            'evaluate_crowdhuman', 'rescale_boxes', 'detecting', 'draws_masks', 'with_masks', 'predict_dataset',
            'finite_outputs', 'source_results', 'write_voc_results', 'run_config', 'match_classes', 'pick_device',
-           'compute_metrics', 'metrics_text', 'add_inference', 'make_parser', 'run_sizes', 'run_data', 'evaluate_run',
-           'main']
+           'compute_metrics', 'metrics_text', 'add_inference', 'make_parser', 'run_sizes', 'check_inference',
+           'run_data', 'evaluate_run', 'main']
 
 # %% ../nbs/15_evaluate.ipynb #c002
 import argparse, contextlib, importlib.util, io, itertools, json, os, sys
@@ -521,15 +521,17 @@ def add_inference(p, batch_size=8):
     m.add_argument('--batch_size', type=_count, default=batch_size, metavar='N', help=f'images at once [{batch_size}]')
     return g, m
 
-def _share(s):
-    if not 0 <= (v := float(s)) <= 1: raise argparse.ArgumentTypeError(f'{s} is not between 0 and 1')
-    return v
-def _count(s):
-    if (v := int(s)) < 1: raise argparse.ArgumentTypeError(f'{s} is less than 1')
-    return v
-def _none_or_more(s):
-    if (v := int(s)) < 0: raise argparse.ArgumentTypeError(f'{s} is less than 0')
-    return v
+def _number(of, least, most=None):
+    "What reads a number from `least` to `most` on a command line."
+    words = f'a {"whole number" if of is int else "number"} ' + (
+        f'from {least}' if most is None else f'between {least:g} and {most:g}')
+    def read(s):
+        with contextlib.suppress(ValueError):
+            if (v := of(s)) >= least and (most is None or v <= most): return v
+        raise argparse.ArgumentTypeError(f'{s!r} is not {words}')
+    return read
+
+_share, _count, _none_or_more = _number(float, 0, 1), _number(int, 1), _number(int, 0)
 
 # %% ../nbs/15_evaluate.ipynb #c072b
 def make_parser():
@@ -555,7 +557,7 @@ def make_parser():
     g.add_argument('--soft_nms', choices=('linear','gaussian'),
         help='Soft-NMS: scores of overlapping boxes are lowered instead of the boxes dropped; take a low '
              '--score_threshold')
-    g.add_argument('--soft_sigma', type=float, metavar='S', help='width of the gaussian [0.5]')
+    g.add_argument('--soft_sigma', type=_number(float, 1e-6, 1e6), metavar='S', help='width of the gaussian [0.5]')
     m.add_argument('--workers', type=_none_or_more, default=0, metavar='N',
                    help='processes that load images [0: load in this one]')
     e = p.add_argument_group('metrics')
@@ -581,6 +583,20 @@ def run_sizes(config, size=None, max_size=None):
     train = config.get('train', {})
     pick = lambda given, key: (train.get(key) if given is None else given) or None
     return pick(size,'size'), pick(max_size,'max_size')
+
+def check_inference(model, size=None, nms=None, scales=None, flip=None, soft_nms=None, soft_sigma=None, **how)->None:
+    "`InputError` for settings of inference that do not go together, by their names on the command line."
+    several = '--scales' if scales else '--flip' if flip else ''
+    if several and nms is False: raise InputError(
+        f'--no-nms: the detections of {several} are joined by NMS; leave --no-nms or {several} out')
+    if scales and size is not None: raise InputError('--size: --scales takes its place; leave one of them out')
+    if soft_sigma is not None and soft_nms != 'gaussian': raise InputError(
+        '--soft_sigma: is the width of --soft_nms gaussian; give that as well, or leave --soft_sigma out')
+    if not soft_nms or several: return
+    own = model.method.nms if model.config['nms'] is None else model.config['nms']
+    if not (own if nms is None else nms): raise InputError(
+        f'--soft_nms: NMS is off here, by {"the run" if nms is None else "--no-nms"}, so there is nothing to soften; '
+        'give --nms, or leave --soft_nms out')
 
 def run_data(
     config:dict,         # of `run_config`
@@ -616,7 +632,10 @@ def evaluate_run(
     **how,
 ): # metrics {name: numbers}, COCO results with the ids of the user's file
     "Evaluate a run on a split."
-    config = run_config(run); ds = run_data(config, data, split, data_options, method)
+    config, device = run_config(run), pick_device(device); sizes = run_sizes(config, size, max_size)
+    model = load_detector(run, checkpoint, **({} if method is None else dict(method=method)))
+    change = eval_transforms(*sizes); check_inference(model, size, **how)     # refused now, before the data is read
+    ds = run_data(config, data, split, data_options, method)
     truth = ds.ground_truth()
     ids = match_classes(config['classes'], ds, {a['category_id'] for a in truth['annotations']})
     truth['categories'] = [dict(id=i, name=c) for i,c in zip(ids, config['classes'])]
@@ -624,13 +643,11 @@ def evaluate_run(
         if not unlabelled: raise InputError(f'{ds.name}: split {ds.split} holds no object to find, so there is nothing '
             'to evaluate; --results FILE and --voc_results DIR write the detections all the same')
         metrics = ()
-    device = pick_device(device)
-    sizes, model = (run_sizes(config, size, max_size),
-                    load_detector(run, checkpoint, **({} if method is None else dict(method=method))))
-    if how.get('scales'): sizes, how['max_size'] = (None, None), sizes[1]      # the detector itself resizes
+    if how.get('scales'):                                                      # the detector itself resizes
+        sizes, how['max_size'] = (None, None), sizes[1]; change = eval_transforms()
     if progress: print(report(ds, *sizes), flush=True)                          # also what it leaves out
     with finite_outputs(model):
-        results = predict_dataset(model, ds, eval_transforms(*sizes), batch_size, workers, device, progress, ids, **how)
+        results = predict_dataset(model, ds, change, batch_size, workers, device, progress, ids, **how)
     found = compute_metrics(truth, results, metrics, backend, max_dets)
     if voc_results: write_voc_results(voc_results, ds, results, dict(zip(ids, config['classes'])))
     return found, source_results(ds, results)

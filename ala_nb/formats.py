@@ -306,7 +306,8 @@ def read_coco(
     "Read COCO JSON."
     if bbox not in BOXES: raise InputError(f'bbox: {said(bbox)}; take one of {", ".join(BOXES)}')
     d = read_json(read_text(file), file)
-    if isinstance(d, dict) and Path(file).name.startswith('image_info_'): d.setdefault('annotations', [])
+    bare = isinstance(d, dict) and Path(file).name.startswith('image_info_') and not d.get('annotations')
+    if bare: d['annotations'] = []                                            # COCO's test sets
     for k in ('images','annotations','categories'):
         if not isinstance(d,dict) or not isinstance(d.get(k),list):
             raise InputError(f'{shown(file)}: no list {k!r}, so this is no COCO detection file; export it again')
@@ -319,7 +320,7 @@ def read_coco(
             own = f' (id {said(a["id"])})' if isinstance(a, dict) and 'id' in a else ''
             c.faults.append(f'{c.file}: annotations[{n}]{own}{e}')
     check_faults(c.file, c.faults)
-    out.box = bbox; out.notes['by name'] = len(c.pictures.guesses)
+    out.box = bbox; out.notes['by name'] = len(c.pictures.guesses); out.notes['unlabelled'] = bare*len(out.files)
     out.notes['two ids'] = len(c.used) - len({c.names[i] for i in c.used})
     _, ids, _ = map_classes(c.names, c.classes, c.used)
     out.ids, out.source_ids = plain_ids(out.ids); out.category_ids, out.source_categories = plain_ids(ids)

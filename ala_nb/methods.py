@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'TASK_HEAD', 'METHODS', 'KINDS', 'check_part', 'HeadSpec', '
            'finished_runs', 'mean_runs', 'runs_table']
 
 # %% ../nbs/03_methods.ipynb #c002
-import csv, dataclasses, difflib, functools, importlib, importlib.metadata, inspect, math, numbers
+import contextlib, csv, dataclasses, difflib, functools, importlib, importlib.metadata, inspect, math, numbers
 import traceback, types, typing
 from pathlib import Path
 from typing import Optional
@@ -405,6 +405,9 @@ def check_options(
             f"{name}: no option {o!r}; " + (f"did you mean {nearest(o, list(known))}?" if known else 'it has none'))
         ok, words = fits(known[o].annotation, v)
         if not ok and not (v is None and known[o].default is None):
+            if words == 'a word':                    # the constructor knows which, and says so of one that is none
+                with contextlib.suppress(TypeError, ArithmeticError, LookupError, AttributeError):
+                    cls(1, **{**options, o: str(v)})
             raise InputError(f"{o}: {v!r} does not work for {name}; give {words}")
     missing = [o for o,p in known.items() if p.default is p.empty and o not in options]
     if missing: raise InputError(f"{name}: option {missing[0]!r} is missing and has no default")

@@ -440,6 +440,21 @@ def real_run(tmp_path_factory):
         detector=model.config, classes=classes)))
     return run
 
+@pytest.mark.parametrize('argv, says', [
+    (['--soft_sigma', '.3'], '--soft_sigma: is the width of --soft_nms gaussian'), (['--soft_nms', 'linear', '--soft_sigma', '.3'], '--soft_sigma'), (['--soft_nms', 'gaussian', '--soft_sigma', '0'], "'0' is not a number between"),
+    (['--soft_nms', 'linear', '--no-nms'], '--soft_nms: NMS is off here, by --no-nms'), (['--scales', '64', '--no-nms'], '--no-nms: the detections of --scales'), (['--flip', '--no-nms'], '--flip'),
+    (['--scales', '64', '--size', '96'], '--size: --scales takes its place'), (['--size', '-1'], 'size'), (['--workers', 'x'], "'x' is not a whole number from 0"), (['--checkpoint', 'last'], 'last.safetensors')])
+def test_options_are_checked_before_the_data(real_run, monkeypatch, capsys, argv, says):
+    monkeypatch.setattr(E, 'run_data', lambda *a: pytest.fail('the data was read'))
+    assert E.main([real_run, '--device', 'cpu', *argv]) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count('\n') == 1
+
+def test_soft_nms_of_a_method_without_nms(real_run):
+    from ala_nb.detector import Detector
+    with pytest.raises(E.InputError, match='--soft_nms: NMS is off here, by the run'): E.check_inference(Detector('poto', 'tiny', 2), soft_nms='linear')
+    E.check_inference(Detector('poto', 'tiny', 2), soft_nms='gaussian', soft_sigma=.3, nms=True)
+
 def test_command_in_a_process_of_its_own(real_run, tmp_path):
     call = lambda *a: subprocess.run([sys.executable, '-m', 'ala_nb.evaluate', *map(str, a)], cwd=tmp_path, capture_output=True, text=True,
                                      env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'))

@@ -5,7 +5,7 @@ import pytest, torch
 from hypothesis import given, strategies as st
 from safetensors.torch import load_file
 from ala_nb import train as T
-from ala_nb.data import load_dataset, save_coco
+from ala_nb.data import load_dataset, report, save_coco
 from ala_nb.geometry import InputError
 from ala_nb.train import Table
 
@@ -198,9 +198,30 @@ def test_settings_from_toml(capsys):
     toml('method = "dw"\nlr = 0.5\nscales = [96, 112]\nchannels_last = true\n[method_options]\nvariant = "paper"\n')
     c = T.parse(['--config', 'mine.toml', '--lr', '0.25'])[0]
     assert (c.method, c.lr, c.scales, c.channels_last, c.method_options) == ('dw', .25, (96,112), 'true', dict(variant='paper'))
-    for text,words_ in (('metod = "dw"', ['metod','method']), ('lr = "fast"', ['lr']), ('lr = ', ['mine.toml']), ('lr = 1\nlr = 2', ['mine.toml'])):
+    for text,words_ in (('metod = "dw"', ['metod','method']), ('lr = "fast"', ["mine.toml: lr must be a number, not 'fast'"]), ('lr = ', ['mine.toml']), ('lr = 1\nlr = 2', ['mine.toml']),
+                        ('preset = "dw_r50"', ['mine.toml: preset','dw_r50_1x']), ('data = ["a", 3]', ['mine.toml: data']), ('steps = true', ['mine.toml: steps must be a whole number, not true'])):
         toml(text); fails(['--config', 'mine.toml'], 2, *words_, capsys=capsys)
     fails(['--config', 'no.toml'], 2, 'no.toml', capsys=capsys)
+    Path('mine.txt').touch(); fails(['--config', 'mine.txt'], 2, 'ends in .toml', capsys=capsys)
+
+def test_toml_on_a_preset(capsys):
+    "The preset, over it the file, over both what is given; `--show` prints the sum."
+    def shown(*argv):
+        assert T.main([*argv, '--show']) == 0
+        return json.loads((out := capsys.readouterr().out)[out.index('{\n'):])
+    Path('mine.toml').write_text('\ufeffpreset = "dw_r50_1x"\nlr = 0.5\nbatch_size = 4\ndata = ["a", "b"]\n[detector_options]\nchannels = 64\n', encoding='utf-8')
+    c = shown('--config', 'mine.toml', '--batch_size', '2')
+    assert (c['method'], c['lr'], c['batch_size'], c['data'], c['train_split']) == ('dw', .5, 2, os.pathsep.join('ab'), 'train2017')
+    assert c['detector_options'] == dict(norm='eval', trainable_layers=3, channels=64)
+    assert shown('--config', 'mine.toml', '--preset', 'o2f_r50_1x')['method'] == 'o2f' and T.parse(['--config', 'mine.toml'])[0].lr == .5
+
+def test_validation_without_objects_is_refused(folder, capsys):
+    file = Path(folder)/'annotations'/'instances_val.json'; d = json.loads(file.read_text()); del d['annotations']
+    (file.parent/'image_info_test.json').write_text(json.dumps(d)); (Path(folder)/'test').symlink_to('val')
+    argv = words(data=folder, backbone='tiny', steps=1, size=64, max_size=80, batch_size=2, threads=1, val_split='test', out='run')
+    fails(argv, 2, '--val_split test', '--eval_every 0', capsys=capsys)
+    assert not Path('run').exists() and T.main([*argv, '--eval_every', '0']) == 0
+    assert 'list without annotations' in str(report(load_dataset(folder, 'test'))) and 'background' not in str(report(load_dataset(folder, 'test')))
 
 # ---- bad input --------------------------------------------------------------------------------------------------------------------
 
@@ -222,7 +243,7 @@ def fails(args, code, *texts, capsys):
     (['--lr'], ['--lr']), (['--lr','fast'], ['--lr','fast']), (['--lr','-1'], ['lr','above 0']), (['--lr','nan'], ['lr','finite']),
     (['--epochs','0'], ['epochs']), (['--epochs','1.5'], ['epochs']), (['--optimizer','adam'], ['adamw']),
     (['--amp','fp8'], ['amp']),
-    (['--milestones','.5','2'], ['milestones','below 1']), (['--compile','perhaps'], ['compile']), (['word'], ['word']),
+    (['--milestones','.5','2'], ['milestones','below 1']), (['--milestones','.9','.1'], ['milestones must rise']), (['--method','poto','--method_options','aux=true'], ['aux','atss']), (['--compile','perhaps'], ['compile']), (['word'], ['word']),
     (['--method_options','K'], ['key=value']), (['--method_options','kk=7'], ['kk']), (['--detector_options','chanels=7'], ['chanels']),
     (['--method','fcos','--method_options','ranges=(24,48,96,200)'], ['ranges','3 levels']), (['--method_options','name=x'], ['name']),
     (['--method_options','num_classes=3'], ['num_classes']), (['--data_options','split=val'], ['split']),
