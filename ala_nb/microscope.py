@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from .geometry import InputError
-from .data import eval_transforms, load_dataset, probe_image, read_image, read_json, read_text
+from .data import eval_transforms, load_dataset, read_image, read_json, read_text
 from .detector import load_detector
 from .evaluate import Parser, exit_code, pick_device, run_config, run_sizes, underscored
 from .methods import Assignment
@@ -261,7 +261,6 @@ def run_image(
         return f'{ds.split} {which}', *ds[int(which)]
     if not Path(which).is_file():
         raise InputError(f'{which}: there is no such file; give an image, or a number of the validation split')
-    probe_image(which)                                                # refused now, if it is none
     if annotations: return Path(which).name, read_image(which), find_objects(which, config['classes'], annotations)
     for s in ('val_split','train_split'):
         try: ds = split(s)
