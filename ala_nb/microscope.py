@@ -86,9 +86,10 @@ def method_data(
     def rest(x, f):
         return ({k: v for k,v in x.items() if k not in f}
                 | dict(factors={k: v for k,v in x['factors'].items() if k not in f['factors']}))
-    order = list(moments[-1]['images'][0]['factors'])
-    return dict(name=name, rule=rule, formula=moments[-1]['formula'], order=order, fixed=fixed,
-                moments=[dict(label=m['label'], constants=m['constants'],
+    order, last = list(moments[-1]['images'][0]['factors']), moments[-1]['formula']
+    own = lambda m: {} if m['formula'] == last else dict(formula=m['formula'])     # TOOD's rule changes over training
+    return dict(name=name, rule=rule, formula=last, order=order, fixed=fixed,
+                moments=[dict(label=m['label'], constants=m['constants'], **own(m),
                               images=[rest(x, f) for x,f in zip(kept(m), fixed)]) for m in moments])
 
 def image_data(

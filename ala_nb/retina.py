@@ -43,6 +43,7 @@ def assign_by_threshold(
 # %% ../nbs/27b_retina.ipynb #c009
 class RetinaNet(Method):
     "RetinaNet's assignment with one square anchor a location."
+    candidates_are = 'locations whose anchor touches the box'
     def __init__(self,
         num_classes:int, # K
         high:float=.5, low:float=.4, # IoU of positives and of negatives

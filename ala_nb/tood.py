@@ -250,6 +250,8 @@ class TOOD(Method):
         own = dict(TASK_HEAD, third='quality') if task_head else dict(box_bias=math.log(anchor_scale/2))
         super().__init__(num_classes, HeadSpec(offset=0., cls_prior=.01, **own))
         self.k, self.alpha, self.beta, self.warmup, self.inside_first = k, alpha, beta, warmup, inside_first
+        self.candidates_are = (f'the {k} locations of all levels that serve the object best, at first the 9 of each '
+                               'level nearest to its center')
         self.anchor_scale, self.box_weight, self.focal_alpha, self.gamma = anchor_scale, box_weight, focal_alpha, gamma
         self.score_power = .5 if task_head else 1.
 
@@ -295,10 +297,11 @@ def explain(self:TOOD, pairs, s, iou, early):
         chosen = 'wins(where((anchor_iou >= threshold) & (inside > margin), anchor_iou, -inf))'
         return factors, dict(threshold='mean(anchor_iou) + std(anchor_iou, 1)', pos=chosen, neg='1 - pos', target='pos',
                              quality='centerness*pos'), margin
-    formula = dict(alignment='score**alpha*iou**beta',
+    formula = dict(alignment='score**score_power*iou**iou_power',
                    pos='wins(where((alignment > 0) & (inside > margin), iou, -inf))',
                    neg='1 - pos', target='pos*alignment/(best(pos*alignment) + 1e-7)*best(pos*iou)', quality='target')
-    return dict(score=s, iou=iou, inside=inside), formula, margin | dict(alpha=float(self.alpha), beta=float(self.beta))
+    return dict(score=s, iou=iou, inside=inside), formula, margin | dict(score_power=float(self.alpha),
+                                                                          iou_power=float(self.beta))
 
 # %% ../nbs/27_tood.ipynb #c033
 def tood_sets(preds, d, early, k=13, beta=6., eps=1e-7):

@@ -156,8 +156,10 @@ function written(tree, leaf, bag = () => null, above = 0) {
 class Data {
   constructor(raw) {
     Object.assign(this, raw); this.cache = new Map();
-    for (const m of this.methods) m.trees = m.formula.map(([k, text]) => [k, parse(text)]);
+    for (const m of this.methods) for (const x of [m, ...m.moments]) if (x.formula) x.trees = x.formula.map(([k, text]) => [k, parse(text)]);
   }
+  // a method's formulas; a moment has its own where the rule changes over training
+  trees(m, t) { return this.methods[m].moments[t].trees ?? this.methods[m].trees; }
   pairs(m, t, i) {
     const key = `${m} ${t} ${i}`;
     if (!this.cache.has(key)) {
@@ -172,7 +174,7 @@ class Data {
   // every name of a method's formulas on an image; `turned` replaces constants, `line` the threshold of an object
   names(m, t, i, turned = {}, line = null) {
     const pairs = this.pairs(m, t, i), names = {...pairs.factors, ...this.methods[m].moments[t].constants, ...turned};
-    for (const [k, tree] of this.methods[m].trees) {
+    for (const [k, tree] of this.trees(m, t)) {
       let v = evaluate(tree, names, pairs);
       if (typeof v === 'number') v = each(pairs.obj.length, () => v);
       if (k === 'threshold' && line) v = v.map((x, e) => pairs.obj[e] === line.obj ? line.value : x);
@@ -181,11 +183,11 @@ class Data {
     return names;
   }
   // what the bars show: what the threshold is compared with, else the quality, else the weight
-  measure(m) {
-    const names = this.methods[m].trees.map(([k]) => k), last = names.indexOf('pos');
+  measure(m, t) {
+    const names = this.trees(m, t).map(([k]) => k), last = names.indexOf('pos');
     return ['overlap', 'quality'].find(k => names.includes(k) && names.indexOf(k) < last) || 'pos';
   }
-  hasThreshold(m) { return this.methods[m].trees.some(([k]) => k === 'threshold'); }
+  hasThreshold(m, t) { return this.trees(m, t).some(([k]) => k === 'threshold'); }
 }
 
 // ---- the view
@@ -378,7 +380,7 @@ class Microscope {
     for (const [k, v] of Object.entries({cx: q.x, cy: q.y, r: .44*q.stride})) here?.setAttribute(k, v);
   }
 
-  best() { const k = this.names[this.data.measure(this.method)], b = this.visible(); return b.length ? b.reduce((a, e) => this.names.pos[e] > this.names.pos[a] || this.names.pos[e] === this.names.pos[a] && k[e] > k[a] ? e : a, b[0]) : null; }
+  best() { const k = this.names[this.data.measure(this.method, this.moment)], b = this.visible(); return b.length ? b.reduce((a, e) => this.names.pos[e] > this.names.pos[a] || this.names.pos[e] === this.names.pos[a] && k[e] > k[a] ? e : a, b[0]) : null; }
   visible() { const p = this.data.pairs(this.method, this.moment, this.image); return this.bag.filter(e => this.level < 0 || this.place(p.loc[e]).level === this.level); }
   key(event) {
     const step = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}[event.key]; if (!step) return;
@@ -405,9 +407,9 @@ class Microscope {
   // -- bars and the threshold to drag
 
   drawBars() {
-    const key = this.data.measure(this.method), v = this.names[key], W = Math.max(this.bars.clientWidth, 280), H = 150, bottom = H-18, sorted = [...this.bag].sort((a, b) => v[b]-v[a] || a-b);
+    const key = this.data.measure(this.method, this.moment), v = this.names[key], W = Math.max(this.bars.clientWidth, 280), H = 150, bottom = H-18, sorted = [...this.bag].sort((a, b) => v[b]-v[a] || a-b);
     if (!sorted.length) return this.bars.replaceChildren(node('p', {}, 'This object has no candidate: no location of its levels lies where the method looks.'));
-    const has = this.data.hasThreshold(this.method), line = has ? this.names.threshold[sorted[0]] : null;
+    const has = this.data.hasThreshold(this.method, this.moment), line = has ? this.names.threshold[sorted[0]] : null;
     const top = Math.max(...sorted.map(e => isFinite(v[e]) ? v[e] : 0), has ? line : 0, 1e-12)*1.08, y = x => bottom-(bottom-6)*Math.max(Math.min(x/top, 1), 0), w = W/sorted.length;
     const svg = node('svg', {viewBox: `0 0 ${W} ${H}`, role: 'img', 'aria-label': `${word(key)} of the candidates, largest first`});
     sorted.forEach((e, i) => {
@@ -471,7 +473,7 @@ class Microscope {
   // -- factors as small maps, joined as the formula says
 
   drawMaps() {
-    const {data} = this, trees = data.methods[this.method].trees, p = data.pairs(this.method, this.moment, this.image);
+    const {data} = this, trees = data.trees(this.method, this.moment), p = data.pairs(this.method, this.moment, this.image);
     const step = new Map(trees), keep = k => k in p.factors || step.has(k);
     const map = (k, name = word(k)) => {
       const v = this.names[k], all = this.bag.map(e => v[e]).filter(isFinite), lo = Math.min(0, ...all), hi = Math.max(...all, lo+1e-9), unit = hi <= 1.0001 && lo >= 0;
@@ -479,7 +481,7 @@ class Microscope {
       const svg = this.picture(this.method, v, {small: true, label: name, size: x => Math.sqrt(Math.sqrt(Math.max(share(x), 0))), fill: x => this.colour(share(x))});
       return node('figure', {class: 'map'}, svg, node('figcaption', {}, name + (unit ? '' : `, ${number(lo)} to ${number(hi)}`)));
     };
-    const measure = data.measure(this.method), shown = [], add = k => { if (keep(k) && !shown.includes(k)) shown.push(k); };
+    const measure = data.measure(this.method, this.moment), shown = [], add = k => { if (keep(k) && !shown.includes(k)) shown.push(k); };
     let tree = step.get(measure);                                 // a name for another formula is opened, so that factors are seen
     const calls = t => 'call' in t || (t.args || []).some(calls), opened = t => 'name' in t && step.has(t.name) && !calls(step.get(t.name)) && t.name !== measure ? opened(step.get(t.name)) : t.args ? {...t, args: t.args.map(opened)} : t;
     if (namesIn(opened(tree)).length <= 6) tree = opened(tree);
@@ -495,8 +497,8 @@ class Microscope {
   // -- the sentence, and the formulas with the numbers of the location that is looked at
 
   tell() {
-    const {data} = this, trees = data.methods[this.method].trees, p = data.pairs(this.method, this.moment, this.image);
-    const e = this.focus ?? this.best(), n = this.names, measure = data.measure(this.method);
+    const {data} = this, trees = data.trees(this.method, this.moment), p = data.pairs(this.method, this.moment, this.image);
+    const e = this.focus ?? this.best(), n = this.names, measure = data.measure(this.method, this.moment);
     if (e === null) { this.sentence.textContent = 'No candidate on this level.'; this.steps.replaceChildren(); return; }
     const q = this.place(p.loc[e]), parts = [];
     if ('reach' in p.factors) parts.push(`largest distance ${number(n.reach[e])} px, its level takes ${number(n.low[e])} to ${number(n.high[e])} px`);
@@ -506,7 +508,7 @@ class Microscope {
     if (measure !== 'pos' || soft) {
       const rank = this.bag.filter(i => n[measure][i] > n[measure][e]).length+1;
       text += ` Its ${word(measure)} is ${number(n[measure][e])}, ${ordinal(rank)} of ${this.bag.length}`;
-      if (data.hasThreshold(this.method)) text += `, ${n[measure][e] >= n.threshold[e] ? 'not below' : 'below'} the threshold ${number(n.threshold[e])}`;
+      if (data.hasThreshold(this.method, this.moment)) text += `, ${n[measure][e] >= n.threshold[e] ? 'not below' : 'below'} the threshold ${number(n.threshold[e])}`;
       text += '.';
     }
     const rival = range(p.loc.length).find(i => p.loc[i] === p.loc[e] && p.obj[i] !== p.obj[e] && n.pos[i] > 0);
