@@ -18,7 +18,7 @@ from .pairs import Predictions, Objects, Pairs, nearest_pairs
 from .losses import ClassTable, scores, log_joint, safe_log, negative_cost, obj_blocks, normalizer
 from .methods import TASK_HEAD, Method, HeadSpec, Assignment, choice, in_range
 from .detector import EXP_MAX, Level, Part, Plan, full, group_norm, precise, prior_bias, sample_planes
-from .ciou_atss import anchor_iou, assign_adaptive, giou_loss
+from .ciou_atss import RULE, anchor_iou, assign_adaptive, giou_loss
 from .dense import anchors_iou, at_least, class_table, dense_atss_positives, dense_images, one_owner
 
 # %% ../nbs/27_tood.ipynb #c005
@@ -294,8 +294,7 @@ def explain(self:TOOD, pairs, s, iou, early):
     if early:
         factors = dict(inside=inside, anchor_iou=anchor_iou(pairs, self.anchor_scale),
                        centerness=centerness(pairs.targets))
-        chosen = 'wins(where((anchor_iou >= threshold) & (inside > margin), anchor_iou, -inf))'
-        return factors, dict(threshold='mean(anchor_iou) + std(anchor_iou, 1)', pos=chosen, neg='1 - pos', target='pos',
+        return factors, dict(overlap='anchor_iou', threshold='mean(overlap) + std(overlap, 1)', **RULE, target='pos',
                              quality='centerness*pos'), margin
     formula = dict(alignment='score**score_power*iou**iou_power',
                    pos='wins(where((alignment > 0) & (inside > margin), iou, -inf))',

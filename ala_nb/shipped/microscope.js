@@ -185,7 +185,7 @@ class Data {
   // what the bars show: what the threshold is compared with, else the quality, else the weight
   measure(m, t) {
     const names = this.trees(m, t).map(([k]) => k), last = names.indexOf('pos');
-    return ['overlap', 'quality'].find(k => names.includes(k) && names.indexOf(k) < last) || 'pos';
+    return ['overlap', 'quality', 'alignment'].find(k => names.includes(k) && names.indexOf(k) < last) || 'pos';
   }
   hasThreshold(m, t) { return this.trees(m, t).some(([k]) => k === 'threshold'); }
 }
