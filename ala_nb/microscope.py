@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from .geometry import InputError
-from .data import eval_transforms, load_dataset, read_image, read_json, read_text
+from .data import eval_transforms, load_dataset, probe_image, read_image, read_json, read_text
 from .detector import load_detector
 from .evaluate import Parser, exit_code, pick_device, run_config, run_sizes, underscored
 from .methods import Assignment
@@ -251,10 +251,12 @@ def run_image(
     which:str,    # path of an image, or a number in the validation split
     config:dict,  # of the run
     annotations=None,
+    masks:bool=False, # with the objects' masks, which a method learns from
 ): # name, image (3, H, W), target
     "An image for the page and its objects; one line says what is missing."
     train = config.get('train', {})
-    split = lambda s: load_dataset(train.get('data', 'shapes'), train.get(s), **train.get('data_options', {}))
+    options = {**train.get('data_options', {}), **({'masks': True} if masks else {})}
+    split = lambda s: load_dataset(train.get('data', 'shapes'), train.get(s), **options)
     if which.isdecimal():
         ds = split('val_split')
         if int(which) >= len(ds):
@@ -262,6 +264,9 @@ def run_image(
         return f'{ds.split} {which}', *ds[int(which)]
     if not Path(which).is_file():
         raise InputError(f'{which}: there is no such file; give an image, or a number of the validation split')
+    probe_image(which)                                                # refused now, if it is none
+    if annotations and masks: raise InputError('--annotations: boxes are read there, and this method learns from '
+                                               "masks; give images of the run's data set")
     if annotations: return Path(which).name, read_image(which), find_objects(which, config['classes'], annotations)
     for s in ('val_split','train_split'):
         try: ds = split(s)
@@ -282,17 +287,17 @@ def run_data(
     change = eval_transforms(*run_sizes(config, size, max_size))
     made, pictures, found = [], [], []
     for which in images:
-        name, image, target = run_image(str(which), config, annotations)
+        name, image, target = run_image(str(which), config, annotations, model.method.masks)
         keep = (~target['crowd'] if target.get('crowd') is not None
                 else torch.ones(len(target['labels']), dtype=torch.bool))
-        image, target = change(image, dict(boxes=target['boxes'][keep], labels=target['labels'][keep]))
+        image, target = change(image, {k: target[k][keep] for k in ('boxes','labels','masks') if k in target})
         if len(target['labels']) == 0:
             raise InputError(f'{which}: has no object, so nothing is assigned; give another image')
         x = image.as_subclass(torch.Tensor)
         x = (x.float()/255 if not x.is_floating_point() else x).to(next(model.parameters()).device)
         with torch.no_grad(): preds, _ = model.predict_maps([x])
-        objects = Objects.from_targets([dict(boxes=target['boxes'].as_subclass(torch.Tensor).float(),
-                                             labels=target['labels'])]).to(preds.points)
+        target['boxes'] = target['boxes'].as_subclass(torch.Tensor).float()
+        objects = Objects.from_targets([target]).to(preds.points)
         out = explained(model.method, preds, objects, 1.)
         pictures.append(image_data(name, x, preds, 0, objects))
         found.append(moment_data(f'{checkpoint} weights', out, preds))

@@ -1134,7 +1134,8 @@ def settings(file, given:dict) -> dict:
     return {**stored, 'out': '', **given}
 
 def read_toml(file:Path) -> dict:
-    "Options from a TOML file; names and values are checked as those of the command line."
+    """Options from a TOML file, and the `preset` that they change; names and values are checked as those of the command
+    line."""
     try: import tomllib
     except ModuleNotFoundError:                                              # Python 3.10
         try: import tomli as tomllib

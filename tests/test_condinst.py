@@ -3,11 +3,11 @@ import csv, json, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from ala_nb import evaluate as E, predict as P, train as T
+from ala_nb import evaluate as E, microscope as M, predict as P, train as T
 from ala_nb import condinst
 from ala_nb.condinst import CondInst, dice_loss, enlarge, mask_targets, share_out
 from ala_nb.data import load_dataset, save_coco
-from ala_nb.detector import Detector, load_detector
+from ala_nb.detector import Detector, load_detector, save_weights
 from ala_nb.geometry import InputError
 from ala_nb.masks import decode_masks, encode_masks, pack_mask
 from ala_nb.methods import box_methods, available, build
@@ -220,3 +220,14 @@ def test_predict_writes_masks(run, tmp_path, capsys):
         m = told['runs'].annToMask(a); assert m.shape == (96,64) and m.sum() == a['area'] == b['area']
         if m.any(): assert (told['outlines'].annToMask(b) == m).all()
         else: assert b['segmentation'] == []
+
+def test_the_page_of_a_run_with_masks(tmp_path, capsys):
+    "The microscope hands the masks of its images on; boxes of a file alone are refused, and what is no image is said to be none."
+    model = Detector('condinst', 'tiny', 8); save_weights(model, tmp_path/'best.safetensors'); (tmp_path/'x.txt').write_text('x')
+    (tmp_path/'config.json').write_text(json.dumps(dict(train=dict(data='shapes', val_split='val', data_options=dict(n=2)), detector=model.config, classes=list('abcdefgh'))))
+    assert M.main([tmp_path, '0', '1', '--out', tmp_path/'page.html']) == 0 and 'best weights' in (tmp_path/'page.html').read_text(encoding='utf-8')
+    save_coco(load_dataset('shapes', 'val', n=1), tmp_path/'coco'); capsys.readouterr()
+    for argv, words in ((['coco/val/000000.png', '--annotations', 'coco/annotations/instances_val.json'], 'masks'), (['x.txt'], 'image')):
+        assert M.main([tmp_path, *(tmp_path/a if '/' in a or '.' in a else a for a in argv), '--out', tmp_path/'no.html']) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count('\n') == 1 and not (tmp_path/'no.html').exists()
