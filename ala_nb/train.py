@@ -519,7 +519,8 @@ SMALL = 64
 
 def settle_precision(c:Config, device:torch.device) -> Config:
     "The configuration with every 'auto' decided for this machine."
-    tiny_maps = device.type == 'cpu' and min(c.scales, default=c.size) <= SMALL
+    own = np.min(c.data_options.get('image_size', 128)) if c.data == 'shapes' else math.inf  # px, where nothing resizes
+    tiny_maps = device.type == 'cpu' and min(c.scales, default=c.size or own) <= SMALL
     if c.amp == 'auto': c = dataclasses.replace(c, amp='bf16' if fast_bf16(device) and not tiny_maps else 'off')
     if c.channels_last == 'auto': c = dataclasses.replace(c, channels_last=c.amp == 'bf16' and c.backbone != 'tiny')
     return c
