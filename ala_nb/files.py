@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'SUFFIXES', 'IN_CLONE', 'shown', 'said', 'count_of', 'Faults', 'check_faults', 'error_text', 'read_bytes',
            'read_text', 'read_json', 'read_xml', 'open_image', 'read_image', 'ImageInfo', 'image_info', 'probe_image',
            'turns', 'translated', 'Pictures', 'write_json', 'naming', 'os_error_text', 'nobody_reads', 'Stopped',
-           'exit_code', 'underscored', 'Parser', 'parse_pair', 'shipped']
+           'memory_text', 'exit_code', 'underscored', 'Parser', 'parse_pair', 'shipped']
 
 # %% ../nbs/03c_files.ipynb #f002
 import argparse, ast, codecs, contextlib, functools, json, os, re, signal, stat, sys, tempfile
@@ -403,6 +403,13 @@ def _streams_and_signals():
         for s,h in old.items(): signal.signal(s, h)
 
 # %% ../nbs/03c_files.ipynb #f031a
+def memory_text(e:Exception)->str: # nothing, if it is another error
+    "What to say where a GPU or the machine has no memory left."
+    if isinstance(e, torch.OutOfMemoryError): return f'{shown(_line(e), 150)}; take a smaller --batch_size'
+    if isinstance(e, MemoryError) or "can't allocate memory" in str(e):            # torch's RuntimeError, on a CPU
+        return 'the machine has not the memory for this; take a smaller --batch_size or --size'
+    return ''
+
 def exit_code(
     work, # what the command does
 # 0, or 2 after bad input, 1 when the machine failed, 130 after Ctrl-C, 128 + n after signal n, 141 when nobody reads
@@ -412,8 +419,9 @@ def exit_code(
     with _streams_and_signals():
         try: work(); sys.stdout.flush(); return 0
         except InputError as e: code, text = 2, f'error: {error_text(e)}'
-        except torch.OutOfMemoryError as e:
-            code, text = 1, f'error: {shown(_line(e), 150)}; take a smaller --batch_size'
+        except (MemoryError, RuntimeError) as e:
+            if not (text := memory_text(e)): raise
+            code, text = 1, f'error: {text}'
         except BrokenPipeError: return nobody_reads()
         except OSError as e:
             code, text = 1, f'error: {os_error_text(e)}'

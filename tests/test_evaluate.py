@@ -571,3 +571,10 @@ def test_a_full_disk_names_the_file(small_disk, real_run, tmp_path, capsys):
     err = capsys.readouterr().err; assert 'r.json: No space left on device; make room' in err and err.count('\n')==1 and os.listdir(small_disk)==['filler']
     assert P.main([real_run, ROOT/'tests'/'data'/'bccd'/'JPEGImages', '--out', small_disk/'out', '--device', 'cpu'])==1
     err = capsys.readouterr().err; assert 'BloodImage' in err and 'No space left on device' in err and '.partial' not in err and os.listdir(small_disk)==['filler']
+
+def test_memory_that_is_not_there(capsys):
+    "torch's error on a CPU and Python's own end in a line; another RuntimeError stays what it is."
+    def none(): raise MemoryError
+    for work in (lambda: torch.empty(2**60, dtype=torch.uint8), none):
+        assert E.exit_code(work) == 1 and '--batch_size' in (err := capsys.readouterr().err) and err.count('\n') == 1
+    with pytest.raises(RuntimeError, match='size'): E.exit_code(lambda: torch.zeros(2) + torch.zeros(3))
