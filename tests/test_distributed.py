@@ -50,7 +50,7 @@ def assert_close(a, b, within=1e-9):
 
 def losses_of(path): return [[float(v) for k,v in r.items() if k.startswith('loss')] for r in rows(Path(path))]
 
-TWENTY = dict(train_images=13, batch_size=4, steps=20, eval_every=0, log_every=1, threads=1, seed=3)
+TWENTY = dict(amp='off', train_images=13, batch_size=4, steps=20, eval_every=0, log_every=1, threads=1, seed=3)
 
 @pytest.mark.parametrize('knobs', [dict(method='fcos'), dict(method='autoassign'), dict(method='dw', accumulate=2),
                                    dict(method='poto', method_options=['max_filter=True', 'aux=atss']), dict(method='gflv2'), dict(method='vfnet'),
