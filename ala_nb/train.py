@@ -200,7 +200,7 @@ import ala_nb
 from .geometry import InputError
 from .losses import uncounted
 from .methods import method_class, method_options
-from .files import count_of, error_text, read_text, said
+from .files import count_of, error_text, memory_text, read_text, said
 from .formats import roots
 from .data import (Items, LoaderDied, drawing, eval_transforms, load_dataset, make_loader, need_objects, opening,
     train_transforms)
@@ -1201,14 +1201,14 @@ def main(argv:list=None) -> int: # exit code
     except NonFinite as e: code, text = 3, f'error: {one_line(e)}'
     except torch.OutOfMemoryError as e:
         code, text = 1, f'error: {one_line(e)}; a smaller --batch_size with --accumulate needs less'
-    except MemoryError:
-        code, text = 1, 'error: the machine has no memory left; take a smaller --batch_size or fewer --workers'
     except BrokenPipeError: return nobody_reads()
     except OSError as e: code, text = 1, f'error: {one_line(e)}'
     except KeyboardInterrupt as e: code, text = 130, str(e) or 'stopped'
-    except RuntimeError as e:
-        if 'WORLD_SIZE' not in os.environ or not any(w in str(e).lower() for w in ('gloo', 'nccl', 'connection')): raise
-        code, text = 1, 'error: another process of this training has ended; what it says comes first'
+    except (MemoryError, RuntimeError) as e:
+        if text := memory_text(e): code, text = 1, f'error: {text}, or fewer --workers'
+        elif 'WORLD_SIZE' not in os.environ: raise
+        elif not any(w in str(e).lower() for w in ('gloo', 'nccl', 'connection')): raise
+        else: code, text = 1, 'error: another process of this training has ended; what it says comes first'
     if os.environ.get('RANK', '0') == '0' or own or code == 1: print(text, file=sys.stderr)
     return code
 
