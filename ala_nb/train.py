@@ -288,7 +288,8 @@ def recipe(
     # threads wait for each other at every step.
     if not c.threads: c = dataclasses.replace(c, threads=1)
     if 'strides' in c.detector_options: return c
-    return dataclasses.replace(c, method_options={**SHAPES_METHODS.get(c.method, {}), **c.method_options})
+    own = SHAPES_METHODS.get(c.method, {}) if c.method_options.get('many', 'fcos') == 'fcos' else {}
+    return dataclasses.replace(c, method_options={**own, **c.method_options})
 
 def as_config(values:dict) -> Config:
     "A `Config` of these knobs, the others at their defaults; a name that is none is refused."
