@@ -211,7 +211,7 @@ for schedule,own,aps in (('1x',(),('35.4','32.8','35.9')), ('3x',(MS,),('38.1','
 
 FINE = dict(mask_channels=48, mask_convs=2, mask_norm='group', finer=4, masks_per_image=16)
 for method in ('condinst','condinst_poto','condinst_o2f'):
-    # a step costs twice the default's, so the command as much
+    # half as many steps as the default, since a step costs twice as much
     knobs = dict(data='shapes', method=method, method_options=FINE, backbone='tiny', detector_options={},
                  batch_size=8, lr=3e-3, train_images=3000, epochs=6, eval_every=6)
     PRESETS[f'shapes_{method}'] = Preset(f'shapes_{method}', 'masks on the embedded set',
