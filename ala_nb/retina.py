@@ -83,9 +83,9 @@ def assign(self:RetinaNet, preds, objects, progress):
 def explain(self:RetinaNet, iou):
     "Factors, formulas and constants behind the weights."
     best = '(overlap >= best(overlap)) & (overlap > 0)' if self.rescue else 'overlap < -1'
-    formula = dict(rescued=f'where({best}, 1, 0)',
+    formula = dict(overlap='anchor_iou', rescued=f'where({best}, 1, 0)',
                    pos='wins(where((overlap >= high) | (rescued > 0), overlap + 2*rescued, -inf))', neg='1 - pos')
-    return dict(overlap=iou), formula, dict(high=float(self.high))
+    return dict(anchor_iou=iou), formula, dict(high=float(self.high))
 
 # %% ../nbs/27b_retina.ipynb #c012
 def dense_retina(method, preds, objects, progress=.5, alpha=.25):

@@ -288,7 +288,8 @@ def recipe(
     # threads wait for each other at every step.
     if not c.threads: c = dataclasses.replace(c, threads=1)
     if 'strides' in c.detector_options: return c
-    own = SHAPES_METHODS.get(c.method, {}) if c.method_options.get('many', 'fcos') == 'fcos' else {}
+    own, many = SHAPES_METHODS.get(c.method, {}), c.method_options.get('many')
+    if many: own = dict(many_options=SHAPES_METHODS.get(many, {}))                   # hybrid's first method has its own
     return dataclasses.replace(c, method_options={**own, **c.method_options})
 
 def as_config(values:dict) -> Config:
