@@ -54,7 +54,8 @@ TWENTY = dict(amp='off', train_images=13, batch_size=4, steps=20, eval_every=0, 
 
 @pytest.mark.parametrize('knobs', [dict(method='fcos'), dict(method='autoassign'), dict(method='dw', accumulate=2),
                                    dict(method='poto', method_options=['max_filter=True', 'aux=atss']), dict(method='gflv2'), dict(method='vfnet'),
-                                   dict(method='tood', method_options=['warmup=0.5'])])
+                                   dict(method='tood', method_options=['warmup=0.5']), dict(method='retina'), dict(method='hybrid', method_options=['share=0.5']),
+                                   dict(method='condinst', method_options=['mask_channels=8', 'mask_norm=group', 'masks_per_image=8'])])
 def test_two_processes_train_as_one(knobs, monkeypatch):
     "20 steps; 13 images in batches of 4, so that the last one has a single image and a process without any."
     in_float64(monkeypatch)
