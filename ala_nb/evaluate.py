@@ -584,7 +584,8 @@ def run_sizes(config, size=None, max_size=None):
     pick = lambda given, key: (train.get(key) if given is None else given) or None
     return pick(size,'size'), pick(max_size,'max_size')
 
-def check_inference(model, size=None, nms=None, scales=None, flip=None, soft_nms=None, soft_sigma=None, **how)->None:
+def check_inference(model, size=None, nms=None, scales=None, flip=None, soft_nms=None, soft_sigma=None,
+                    nms_threshold=None, **how)->None:
     "`InputError` for settings of inference that do not go together, by their names on the command line."
     several = '--scales' if scales else '--flip' if flip else ''
     if several and nms is False: raise InputError(
@@ -592,11 +593,12 @@ def check_inference(model, size=None, nms=None, scales=None, flip=None, soft_nms
     if scales and size is not None: raise InputError('--size: --scales takes its place; leave one of them out')
     if soft_sigma is not None and soft_nms != 'gaussian': raise InputError(
         '--soft_sigma: is the width of --soft_nms gaussian; give that as well, or leave --soft_sigma out')
-    if not soft_nms or several: return
+    of_nms = '--soft_nms' if soft_nms else '--nms_threshold' if nms_threshold is not None else ''
+    if several or not of_nms: return
     own = model.method.nms if model.config['nms'] is None else model.config['nms']
     if not (own if nms is None else nms): raise InputError(
-        f'--soft_nms: NMS is off here, by {"the run" if nms is None else "--no-nms"}, so there is nothing to soften; '
-        'give --nms, or leave --soft_nms out')
+        f'{of_nms}: NMS is off here, by {"the run" if nms is None else "--no-nms"}, so it would change nothing; '
+        f'give --nms, or leave {of_nms} out')
 
 def run_data(
     config:dict,         # of `run_config`

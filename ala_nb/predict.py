@@ -22,7 +22,7 @@ from .formats import as_id, as_whole, map_classes
 from .data import eval_transforms, font_for
 from .detector import load_detector
 from .masks import encode_masks, mask_polygons
-from .evaluate import (Parser, _share, add_inference, detecting, draws_masks, exit_code,
+from .evaluate import (Parser, _share, add_inference, check_inference, detecting, draws_masks, exit_code,
                              finite_outputs, pick_device,
     rescale_boxes, run_config, run_sizes,
     underscored, write_json)
@@ -350,7 +350,7 @@ def predict_files(
     names = picture_names(files) if pictures else [None]*len(files)
     out = check_out(out, [n for n in names if n]+['predictions.json'], files, overwrite)
     model = load_detector(run, checkpoint, **({} if method is None else dict(method=method))).to(pick_device(device))
-    readable = check_inputs(files, skip_unreadable)
+    check_inference(model, **how); readable = check_inputs(files, skip_unreadable)
     kept = set(readable); names = [n for f,n in zip(files, names) if f in kept]
     ids, categories, turn, sizes = range(1,len(readable)+1), range(1,len(classes)
         +1), itertools.repeat(True), itertools.repeat(None)

@@ -442,7 +442,7 @@ def real_run(tmp_path_factory):
 
 @pytest.mark.parametrize('argv, says', [
     (['--soft_sigma', '.3'], '--soft_sigma: is the width of --soft_nms gaussian'), (['--soft_nms', 'linear', '--soft_sigma', '.3'], '--soft_sigma'), (['--soft_nms', 'gaussian', '--soft_sigma', '0'], "'0' is not a number between"),
-    (['--soft_nms', 'linear', '--no-nms'], '--soft_nms: NMS is off here, by --no-nms'), (['--scales', '64', '--no-nms'], '--no-nms: the detections of --scales'), (['--flip', '--no-nms'], '--flip'),
+    (['--soft_nms', 'linear', '--no-nms'], '--soft_nms: NMS is off here, by --no-nms'), (['--nms_threshold', '0', '--no-nms'], '--nms_threshold: NMS is off here, by --no-nms'), (['--scales', '64', '--no-nms'], '--no-nms: the detections of --scales'), (['--flip', '--no-nms'], '--flip'),
     (['--scales', '64', '--size', '96'], '--size: --scales takes its place'), (['--size', '-1'], 'size'), (['--workers', 'x'], "'x' is not a whole number from 0"), (['--checkpoint', 'last'], 'last.safetensors')])
 def test_options_are_checked_before_the_data(real_run, monkeypatch, capsys, argv, says):
     monkeypatch.setattr(E, 'run_data', lambda *a: pytest.fail('the data was read'))
@@ -467,7 +467,7 @@ def test_command_in_a_process_of_its_own(real_run, tmp_path):
 def test_settings_reach_the_real_detector(real_run):
     seen = {}
     for nms in (True, False):
-        _, found = E.evaluate_run(real_run, device='cpu', nms=nms, score_threshold=0., nms_threshold=.01, max_detections=2000)
+        _, found = E.evaluate_run(real_run, device='cpu', nms=nms, score_threshold=0., nms_threshold=.01 if nms else None, max_detections=2000)
         seen[nms] = len(found)
     assert seen[False] > seen[True]                                                              # without NMS more boxes stay
     _, found = E.evaluate_run(real_run, device='cpu', score_threshold=0., max_detections=7)
