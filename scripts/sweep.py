@@ -49,8 +49,9 @@ TABLES = dict(
     # Combined IoUs' Table V; without a norm VFNet's stars die at this rate (26_vfnet)
     heads = [(name, f'{own} {o}'.strip()) for name,own in (('gflv2',''), ('vfnet','star_norm=True'), ('gfl',''))
              for o in ('', 'pred_weight=1.0', "pred_weight='rising'")]
-          + [('vfnet', ''), ('retina', '')] + [('ciou_atss', f"{o}cls_loss='{loss}' third_branch='centerness'")
-                               for loss in ('focal', 'qfl') for o in ('pred_weight=0 ', '')],
+          + [('vfnet', ''), ('vfnet', 'pred_weight=1.0'), ('retina', '')]
+          + [('ciou_atss', f"{o}cls_loss='{loss}' third_branch='centerness'")
+             for loss in ('focal', 'qfl') for o in ('pred_weight=0 ', '')],
     methods = ALL + [('ala', "parts='confidence'"), ('o2f', 't_min=0.0'), ('o2f', 'alpha=0.5 t_min=0.0'),
         ('poto', "max_filter=True aux='atss'"), ('gflv2', ''), ('gflv2', 'pred_weight=1.0')],
     claims = list(dict.fromkeys(side for c in CLAIMS for side in (c.before, c.after))),
