@@ -10,6 +10,7 @@
     python scripts/sweep.py one_to_one --seeds 0 1 2     # POTO with its parts, Hybrid-Epoch, o2f: short, too
     python scripts/sweep.py heads --seeds 0 1 2          # GFL, GFLV2 and VFNet without and with Combined IoUs: short, too
     python scripts/sweep.py heads_long --seeds 0 1 2     # VFNet's of them for three times as long
+    python scripts/sweep.py heads_large --seeds 0 1 2    # VFNet's of them on objects of 32 px and more, twice as long
     python scripts/sweep.py heads_sgd --seeds 0 1 2      # VFNet's of them by SGD, for twice as long
     python scripts/sweep.py heads_sgd_long --seeds 0 1 2 # for four times as long
     python scripts/sweep.py heads_full --seeds 0         # VFNet's of them as `python -m ala_nb.train` trains, in bfloat16
@@ -59,13 +60,14 @@ TABLES = dict(
              + [('fcos', ''), ('fcos', 'ranges=None'), ('ciou_atss', ''), ('ciou_atss', 'anchor_weight=0')],
     bccd = ALL, bccd16 = ALL + [('ala', "parts='confidence'")])
 TABLES['short'] = TABLES['claims'] + [('ala', f"losses='HN' without_soft='{x}'") for x in ('silent', 'positive')]
-TABLES |= dict.fromkeys(('heads_long', 'heads_sgd', 'heads_sgd_long', 'heads_full'), TABLES['heads'][3:5])
+HEADS = [f'heads{x}' for x in ('_long', '_large', '_sgd', '_sgd_long', '_full')]
+TABLES |= dict.fromkeys(HEADS, TABLES['heads'][3:5])
 TABLES['default'] = TABLES['default16'] = [('autoassign', '')]
 TABLES['tood'] = [('dw', ''), ('dw', 'task_head=True'), ('tood', '')]
 FILES = dict(methods='shapes.csv', default='default.csv', default16='default_bf16.csv', claims='claims.csv',
              readings='claims.csv', bccd='bccd.csv', bccd16='bccd_bf16.csv', short='short.csv',
              one_to_one='one_to_one.csv', tood='tood.csv',
-             **{f'heads{x}': f'heads{x}.csv' for x in ('', '_long', '_sgd', '_sgd_long', '_full')})
+             **{x: f'{x}.csv' for x in ('heads', *HEADS)})
 FLOAT32 = '--amp off'.split()        # the same rows on every machine
 STANDARD = FLOAT32 + '--train_images 3000 --epochs 14 --eval_every 2'.split()
 SHORT = FLOAT32 + '--train_images 3000 --epochs 6 --eval_every 2'.split()
@@ -74,10 +76,12 @@ SMALL = FLOAT32 + (
     "--train_images 1500 --val_images 300 --epochs 4 --batch_size 4 --lr 0.006 --eval_every 4 --eval_both true "
     "--data_options image_size=96 objects=(1,6) clutter=0 texture=0. contrast=(90.,150.) classes=('disc','cross','ring') "
     "--detector_options channels=24 head_convs=1 backbone_options={'widths':(8,16,24,32,48)}").split()
+LARGE = [y for x in SMALL for y in (('sides=(32,.75)', 'objects=(1,3)') if x == 'objects=(1,6)' else (x,))]
 SGD = SMALL + '--optimizer sgd --lr 0.02 --weight_decay 1e-4'.split()
 # of each table; the others have `SMALL`
 BUDGETS = dict(default=FLOAT32, default16=BF16[:2], heads_full=BF16[:2], methods=STANDARD, claims=SHORT, readings=SHORT,
                bccd=BCCD+FLOAT32, bccd16=BCCD+BF16, heads_long=SMALL+'--epochs 12 --eval_every 12'.split(),
+               heads_large=LARGE+'--epochs 8 --eval_every 8'.split(),
                heads_sgd=SGD+'--epochs 8 --eval_every 8'.split(), heads_sgd_long=SGD+'--epochs 16 --eval_every 16'.split())
 FIELDS = 'method options seed AP AP50 AP75 AP_no_nms AP_nms map_iou seconds command versions'.split()
 

@@ -1,6 +1,6 @@
 """Whose boxes decide in Combined IoUs? VFNet in the short recipe (`sweep.py heads`), three ways.
 
-    python scripts/sweep.py heads_long --seeds 0 --rows "vfnet star_norm=True$"        # a finished network, for the third
+    python scripts/sweep.py heads_long --seeds 0 --rows "vfnet star_norm=True$"      # a finished network, for the third
     python scripts/who_decides.py --seeds 0 1 2 --finished runs/sweep/heads_long/vfnet-star_norm_True-0
 
 The rule adds the IoU of the predicted box to that of the anchor. The box is predicted by: `own`, the network that
@@ -17,7 +17,7 @@ from ala_nb import train as T, vfnet
 from ala_nb.ciou_atss import predicted_iou
 from ala_nb.detector import load_detector
 
-FIELDS = 'decides seed AP AP_nms AP_no_nms flips_1 flips_2 flips_3 command'.split()
+FIELDS = 'decides epochs seed AP AP_nms AP_no_nms flips_1 flips_2 flips_3 command'.split()
 
 class Decider:
     "Puts another network's boxes where VFNet's assignment takes the predicted IoU; `network` None changes nothing."
@@ -36,10 +36,11 @@ class Decider:
         if self.network: pred = predicted_iou(self.pairs.distances(self.preds), self.pairs.targets)
         return self.weighted(method, anchor, pred, progress)
 
-def train(decides, seed, out, finished):
+def train(decides, epochs, seed, out, finished):
     "A row: trains, and counts flips at every fiftieth step."
     options = ['--method_options', 'star_norm=True', 'pred_weight=1.0']
-    args = ['--method', 'vfnet', '--seed', str(seed), '--threads', '1', *options, *sweep.SMALL, '--out', str(out)]
+    args = ['--method', 'vfnet', '--seed', str(seed), '--threads', '1', *options, *sweep.SMALL]
+    args += ['--epochs', str(epochs), '--eval_every', str(epochs), '--out', str(out)]
     run = T.start(T.parse(args)[0]); model = run.model
     own = dict(own=lambda: None, average=lambda: copy.deepcopy(model), finished=lambda: load_detector(finished))
     flips, before = [], set()
@@ -64,11 +65,12 @@ def train(decides, seed, out, finished):
         T.train(run=run, log=None, on_step=after_step)
     last, n = sweep.last_line(out), len(flips)
     thirds = [round(statistics.fmean(flips[k*n//3:(k+1)*n//3]), 4) for k in range(3)]
-    return [decides, seed, *(round(float(last[k]), 4) for k in FIELDS[2:5]), *thirds,
-            f'python scripts/who_decides.py --seeds {seed} --only {decides}']
+    return [decides, epochs, seed, *(round(float(last[k]), 4) for k in FIELDS[3:6]), *thirds,
+            f'python scripts/who_decides.py --epochs {epochs} --seeds {seed} --only {decides}']
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--epochs', type=int, default=4, help='[4]')
     p.add_argument('--seeds', type=int, nargs='+', default=[0])
     p.add_argument('--only', nargs='+', default=['own', 'average', 'finished'], choices=('own', 'average', 'finished'))
     p.add_argument('--finished', default='runs/sweep/heads_long/vfnet-star_norm_True-0', help='its run folder')
@@ -77,7 +79,8 @@ if __name__ == '__main__':
     a = p.parse_args(); file = Path(a.results)/'who_decides.csv'; torch.set_num_threads(1)
     for seed in a.seeds:
         for decides in a.only:
-            row, new = train(decides, seed, Path(a.runs)/f'{decides}-{seed}', a.finished), not file.exists()
+            new, out = not file.exists(), Path(a.runs)/f'{decides}-{a.epochs}-{seed}'
+            row = train(decides, a.epochs, seed, out, a.finished)
             with file.open('a', newline='') as f:
                 w = csv.writer(f, lineterminator='\n'); new and w.writerow(FIELDS); w.writerow(row)
-            print(*row[:8], flush=True)
+            print(*row[:9], flush=True)
