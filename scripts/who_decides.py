@@ -1,13 +1,13 @@
 """Whose boxes decide in Combined IoUs? VFNet in the short recipe (`sweep.py heads`), three ways.
 
     python scripts/sweep.py heads_long --seeds 0 --rows "vfnet star_norm=True$"      # a finished network, for the third
-    python scripts/who_decides.py --seeds 0 1 2 --finished runs/sweep/heads_long/vfnet-star_norm_True-0
+    python scripts/who_decides.py --seeds 0 1 2 3 4 --finished runs/sweep/heads_long/vfnet-star_norm_True-0
 
 The rule adds the IoU of the predicted box to that of the anchor. The box is predicted by: `own`, the network that
 learns, as in the paper; `average`, a running average of its weights (0.99 a step); `finished`, a network that was
-trained with ATSS's positives before and does not change. What is learned from the positives is the same. A row of
-`nbs/results/who_decides.csv` holds AP and the flips: of the positives of 24 pictures, which share is none a step
-later? (Mean over each third of training.)
+trained with ATSS's positives before and does not change. What is learned from the positives is the same.
+`--epochs 12` trains three times as long. A row of `nbs/results/who_decides.csv` holds AP and the flips: of the
+positives of 24 pictures, which share is none a step later? (Mean over each third of training.)
 """
 import argparse, copy, csv, statistics
 from pathlib import Path
