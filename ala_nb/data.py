@@ -865,14 +865,15 @@ def save_coco(
     ds:DetectionDataset, # any data set
     folder,              # where to; several splits may share one
     n:int=None,          # only the first n images
+    quality:int=None,    # 1 ... 100: JPEG files of this quality in place of PNG
 ):
-    "Write a data set as PNG files and COCO JSON: FOLDER/SPLIT/*.png and FOLDER/annotations/instances_SPLIT.json."
+    "Write a data set as pictures and COCO JSON: FOLDER/SPLIT/*.png and FOLDER/annotations/instances_SPLIT.json."
     folder, gt = Path(folder), ds.ground_truth()
-    n = len(ds) if n is None else n
+    n, how = len(ds) if n is None else n, {} if quality is None else dict(quality=quality)
     for d in (folder/ds.split, folder/'annotations'): d.mkdir(parents=True, exist_ok=True)
     for i in range(n):
-        gt['images'][i]['file_name'] = f'{i:06d}.png'
-        Image.fromarray(ds.image(i).permute(1,2,0).numpy()).save(folder/ds.split/f'{i:06d}.png')
+        gt['images'][i]['file_name'] = name = f'{i:06d}.png' if quality is None else f'{i:06d}.jpg'
+        Image.fromarray(ds.image(i).permute(1,2,0).numpy()).save(folder/ds.split/name, **how)
     gt['images'] = gt['images'][:n]; ids = {r['id'] for r in gt['images']}
     gt['annotations'] = [a for a in gt['annotations'] if a['image_id'] in ids]
     (folder/'annotations'/f'instances_{ds.split}.json').write_text(json.dumps(gt))
