@@ -265,12 +265,20 @@ def test_a_step_of_training(key, precision, last):
     with torch.no_grad(), torch.autocast(torch.device(DEVICE).type, dtype, enabled=dtype is not None):
         for found in loud(model)(images): assert len(found['scores']) and found['boxes'].isfinite().all()
 
+# torch and torchvision have no deterministic backward pass of these on a GPU: grid_sample, max_pool3d, deform_conv2d
+REFUSED = 'tood', 'dw_task_head', 'dw_deform', 'dw_bilinear', 'max3d', 'vfnet', 'vfnet_star_norm', 'deformable', \
+          'frozen'
+
 @pytest.mark.parametrize('key', NETS)
 def test_deterministic_detectors(key):
-    "A whole step with `--deterministic` switched on: what refuses is named."
+    "A whole step with `--deterministic` switched on; what refuses is printed, and must be in the list."
     images, targets = batch_with_masks(((64, 96), (64, 64)))
     model = net(key).to(DEVICE).train(); torch.use_deterministic_algorithms(True)
-    sum(model(there(images), there(targets), .9).values()).backward()
+    try: sum(model(there(images), there(targets), .9).values()).backward()
+    except RuntimeError as e:
+        print(f'{key}: {str(e)[:100]}')
+        assert GPU and key in REFUSED and 'deterministic' in str(e), e
+        return
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 @pytest.mark.parametrize('how', (dict(nms=True), dict(nms=False), dict(soft_nms='linear'), dict(soft_nms='gaussian'),
@@ -319,6 +327,21 @@ def test_command_trains(knobs, capsys):
     state = torch.load('run/state.pt', weights_only=True, map_location='cpu')
     assert all(v.isfinite().all() for v in state['model'].values() if v.is_floating_point())
     assert len(state['rng']['cuda']) == torch.cuda.device_count()
+
+@pytest.mark.parametrize('workers', (0, 2))
+def test_pinned_batches(workers):
+    "Page-locked where there is a GPU, the same as others, and whole when they have been moved without waiting."
+    from ala_nb.data import load_dataset, make_loader
+    ds, out = load_dataset('shapes', 'train', n=12), []
+    for pin in (False, GPU):
+        loader = make_loader(ds, 4, train=True, workers=workers, pin_memory=pin)
+        batches = list(loader)
+        if pin: assert all(im.is_pinned() for images, _ in batches for im in images)
+        if pin: assert all(t['boxes'].is_pinned() for _, targets in batches for t in targets if len(t['boxes']))
+        out.append([T.to_device(*b, DEVICE if pin else 'cpu') for b in batches])
+    for (a, s), (b, t) in zip(*out, strict=True):
+        assert all(torch.equal(x, y.cpu()) for x, y in zip(a, b, strict=True))
+        assert all(torch.equal(x['boxes'], y['boxes'].cpu()) for x, y in zip(s, t, strict=True))
 
 def cut(at=2, **knobs):
     "A run whose first steps alone are done; it says where it stopped."
