@@ -42,8 +42,10 @@ def check_device(device:str, local:int) -> bool: # whether it is a GPU
     if ':' in device: raise InputError(f'--device {device}: several processes take a GPU each; leave the number out')
     if device == 'cpu' or not torch.cuda.is_available(): return False
     if local >= torch.cuda.device_count():
-        raise InputError(f'process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; start '
-                         f'so many with --nproc_per_node')
+        e = InputError(f'process {local} of this machine has no GPU, there are {torch.cuda.device_count()}; start no '
+                       f'more processes than that with --nproc_per_node')
+        e.own = True                                   # the first process has one, and does not know
+        raise e
     torch.cuda.set_device(local)
     return True
 

@@ -9,12 +9,12 @@ __all__ = ['FOLDER', 'GROUPS', 'KINDS', 'SHAPES_METHODS', 'NORMS', 'METRICS', 'M
            'recipe', 'as_config', 'lr_factor', 'kind_of', 'param_groups', 'make_optimizer', 'update_ema', 'say', 'Run',
            'with_objects', 'first', 'open_data', 'make_model', 'dry_run', 'model_of', 'keep_memory', 'set_up',
            'fast_bf16', 'settle_precision', 'is_run', 'new_folder', 'take_folder', 'read_run', 'write_config',
-           'made_of', 'absolute', 'make_run', 'save_run_weights', 'keep_weights', 'save_checkpoint', 'check_made',
-           'check_numbers', 'check_optimizer', 'take_state', 'start', 'resume', 'go_on', 'NonFinite', 'name_images',
-           'to_device', 'share', 'not_finite', 'check_finite', 'single_value', 'forward_backward', 'measured',
-           'validate', 'clock', 'Progress', 'describe', 'steps', 'note', 'event_writer', 'board', 'write_row', 'every',
-           'checkpoint_due', 'set_lr', 'stopped', 'warn', 'train', 'take', 'save_pictures', 'finish', 'parse',
-           'settings', 'read_toml', 'with_preset', 'none_words', 'one_line', 'restarted', 'main']
+           'made_of', 'absolute', 'sync_norms', 'make_run', 'save_run_weights', 'keep_weights', 'save_checkpoint',
+           'check_made', 'check_numbers', 'check_optimizer', 'take_state', 'start', 'resume', 'go_on', 'NonFinite',
+           'name_images', 'to_device', 'share', 'not_finite', 'check_finite', 'single_value', 'forward_backward',
+           'measured', 'validate', 'clock', 'Progress', 'describe', 'steps', 'note', 'event_writer', 'board',
+           'write_row', 'every', 'checkpoint_due', 'set_lr', 'stopped', 'warn', 'train', 'take', 'save_pictures',
+           'finish', 'parse', 'settings', 'read_toml', 'with_preset', 'none_words', 'one_line', 'restarted', 'main']
 
 # %% ../nbs/16_train.ipynb #c002
 import argparse, contextlib, copy, csv, ctypes, dataclasses, difflib, itertools, json, math, numbers, os, platform
@@ -597,6 +597,13 @@ def absolute(path:str) -> str:
     if path in ('shapes','none','imagenet'): return path
     return os.pathsep.join(str(p.absolute()) for p in roots(path))
 
+def sync_norms(model:nn.Module) -> nn.Module:
+    "Batch normalisation over all processes, in place; a norm whose statistics stay (`norm=eval`) is left as it is."
+    for m in list(model.modules()):
+        for name,norm in m.named_children():
+            if type(norm) is nn.BatchNorm2d: setattr(m, name, nn.SyncBatchNorm.convert_sync_batchnorm(norm))
+    return model
+
 def make_run(
     c:Config,
     path:Path, # the run's folder; nothing is written
@@ -612,7 +619,7 @@ def make_run(
     model = model.to(device); model.classes = list(train_set.classes)
     ema = copy.deepcopy(model).requires_grad_(False) if c.ema else None
     if c.sync_bn and device.type != 'cuda': raise InputError('--sync_bn works on GPUs only; leave it out')
-    if c.sync_bn and world_size() > 1: model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if c.sync_bn and world_size() > 1: sync_norms(model)
     if c.compile: model.compile_network()
     threads = c.threads or torch.get_num_threads()
     c = dataclasses.replace(c, out=str(path), threads=threads, data=absolute(c.data), weights=absolute(c.weights))
@@ -948,8 +955,10 @@ def steps(run:Run, stop:Stop=None):
             yield group
 
 def note(run:Run, losses:dict, norm:float, batches:list) -> None:
-    "Add a step to the row that is being made."
-    for k,v in dict(losses, grad_norm=norm, n=1).items(): run.sums[k] = run.sums.get(k, 0) + v
+    "Add a step to the row that is being made; in float16 a step whose gradient overflows is skipped, without a norm."
+    over = not math.isfinite(norm)
+    if over: norm = 0.
+    for k,v in dict(losses, grad_norm=norm, n=1, skipped=int(over)).items(): run.sums[k] = run.sums.get(k, 0) + v
     run.images += sum(len(images) for images,_ in batches)*world_size(); run.busy += time.monotonic() - run.began
 
 def event_writer(): # class
@@ -970,7 +979,9 @@ def board(run:Run):
 
 def write_row(run:Run, metrics:dict) -> None:
     "Write the row and begin the next."
-    means = {k: v/run.sums['n'] for k,v in run.sums.items() if k != 'n'}
+    n, skipped = run.sums['n'], run.sums.get('skipped', 0)
+    means = {k: v/n for k,v in run.sums.items() if k not in ('n','grad_norm','skipped')}
+    means['grad_norm'] = run.sums['grad_norm']/max(n - skipped, 1)
     losses = {k: v for k,v in means.items() if k != 'grad_norm'}
     columns = METRICS + MASKS*run.model.method.masks + ('AP_nms','AP_no_nms')*run.config.eval_both
     measured = {k: metrics[k] if metrics.get(k, -1) >= 0 else '' for k in columns}  # -1: there was no such object
@@ -1208,6 +1219,8 @@ def main(argv:list=None) -> int: # exit code
     except KeyboardInterrupt as e: code, text = 130, str(e) or 'stopped'
     except (MemoryError, RuntimeError) as e:
         if text := memory_text(e): code, text = 1, f'error: {text}, or fewer --workers'
+        elif 'deterministic' in str(e) and torch.are_deterministic_algorithms_enabled():     # first words: who refuses
+            code, text = 2, f"error: {str(e).split(', ')[0]}; leave out --deterministic"
         elif 'WORLD_SIZE' not in os.environ: raise
         elif not any(w in str(e).lower() for w in ('gloo', 'nccl', 'connection')): raise
         else: code, text = 1, 'error: another process of this training has ended; what it says comes first'
