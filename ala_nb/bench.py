@@ -28,8 +28,8 @@ from .evaluate import Parser, exit_code, pick_device, underscored
 def clock_of(device='cpu', kind:str='cpu'):
     "A function that tells seconds: on a CPU time of the process ('cpu') or of the wall ('wall')."
     if torch.device(device).type == 'cpu': return time.process_time if kind == 'cpu' else time.perf_counter
-    from torch.utils.benchmark import timer                        # waits for the GPU; needs setuptools
-    return timer
+    def clock(): torch.cuda.synchronize(device); return time.perf_counter()
+    return clock
 
 def alternate(
     runs:dict,     # name -> function
