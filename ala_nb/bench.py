@@ -83,8 +83,8 @@ def make_step(method:str, batch:Batch, backbone:str='resnet18', precision:str='f
 
 # %% ../nbs/19_bench.ipynb #c010
 class Unavailable(Exception): "Why something is not measured."
-def torchvision_step(batch:Batch, backbone:str='resnet18', precision:str='float32', seed:int=0):
-    "A training step of torchvision's FCOS; it counts labels from 1."
+def torchvision_step(batch:Batch, backbone:str='resnet18', precision:str='float32', seed:int=0, compiled:bool=False):
+    "A training step of torchvision's FCOS, which counts labels from 1; `compiled`: its backbone and towers."
     if batch.strides != STRIDES: raise Unavailable('torchvision has no pyramid of these strides')
     from torchvision.models.detection import FCOS
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -93,6 +93,9 @@ def torchvision_step(batch:Batch, backbone:str='resnet18', precision:str='float3
     body = resnet_fpn_backbone(backbone_name=backbone, weights=None, norm_layer=torch.nn.BatchNorm2d,
         trainable_layers=5, returned_layers=[2,3,4], extra_blocks=LastLevelP6P7(256,256))
     model = FCOS(body, batch.n_classes+1, min_size=min(batch.size), max_size=max(batch.size))
+    if compiled:
+        model.backbone.compile()
+        for part in (model.head.classification_head, model.head.regression_head): part.conv.compile(dynamic=True)
     targets = [dict(boxes=t['boxes'], labels=t['labels']+1) for t in batch.targets]
     return step_of(model, batch, precision, step_inputs(batch, seed), targets)
 
@@ -276,9 +279,9 @@ def step_rows(case:Case, method:str, backbone:str='resnet18', precision='float32
     runs = {method: make_step(method, batch, backbone, precision, case.seed, compiled), 'loss': make_run(method, batch)}
     if precision != 'float32': runs['float32'] = make_step(method, batch, backbone, 'float32', case.seed)
     if 'torchvision' in peers and method == 'fcos' and backbone != 'tiny':
-        for p in dict.fromkeys(('float32', precision)):
-            name = 'torchvision fcos' + (f' {p}' if p != 'float32' else '')
-            runs[name] = torchvision_step(batch, backbone, p, case.seed)
+        for p,c in dict.fromkeys((('float32',False), (precision,False), (precision,compiled))):
+            name = ' '.join(['torchvision fcos'] + [p]*(p != 'float32') + ['compiled']*c)
+            runs[name] = torchvision_step(batch, backbone, p, case.seed, c)
     loss, *others = measure(runs, device=case.device, **options)
     setting = f'{backbone} {precision}' + (' compiled' if compiled else '')
     mine = dict(setting=setting, share=loss['ratio'], total_objects=batch.n_objects)
@@ -393,7 +396,7 @@ def make_parser():
     add('--classes', type=_positive, metavar='K', help='[80; xview: 60]')
     add('--backbone', nargs='+', choices=list(BACKBONES), default=['resnet18'], help='of steps [resnet18]')
     add('--precision', nargs='+', choices=list(PRECISIONS), default=['float32'], help='of steps [float32]')
-    add('--compile', action='store_true', help='torch.compile the network of steps, not of peers')
+    add('--compile', action='store_true', help='torch.compile the networks of steps')
     add('--peers', nargs='*', choices=kinds, default=kinds, help='[all]')
     add('--rounds', type=_positive, default=7, help='of each comparison, A B A B ... [7]')
     add('--budget', type=float, default=60., metavar='S', help='no further rounds after so long, but three [60]')

@@ -1062,7 +1062,10 @@ class Parcel:
         if isinstance(self.block, bytes): self.block = ForkingPickler.loads(self.block)
         elif isinstance(self.block, np.ndarray): self.block = torch.from_numpy(self.block)
         return self
-    def pin_memory(self): self.arrive().block = self.block.pin_memory(); return self       # `DataLoader` calls it
+    def pin_memory(self)->'Parcel':
+        "The same in page-locked memory, which a GPU copies from by itself; `DataLoader` calls this."
+        self.arrive(); self.block = self.block.pin_memory()
+        return self
     def open(self): return pickle.loads(self.head, buffers=self.arrive().rooms())
 
 def send(items): return Parcel(collate(items))

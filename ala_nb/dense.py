@@ -228,10 +228,10 @@ def class_table(
     classes:int,   # K
 )->Tensor: # (P, K)
     "Values at the class of each object, the later object over the earlier; 1 elsewhere."
-    out = values.new_ones(len(values), classes)
-    row, column = mask.nonzero(as_tuple=True)
-    out[row, d.labels[column]] = values[row, column]
-    return out
+    if not d.n: return values.new_ones(len(values), classes)
+    number = mask*torch.arange(1, d.n+1, device=mask.device)                  # of each object that counts, from 1
+    last = number.new_zeros(len(values), classes).scatter_reduce(1, d.labels.expand_as(number), number, 'amax')
+    return torch.where(last > 0, values.gather(1, (last-1).clamp(min=0)), 1.)
 
 def dense_negatives(
     preds:Predictions,

@@ -1399,8 +1399,10 @@ def detect(self:Detector,
 
 @patch
 def compile_network(self:Detector, **options):
-    "torch.compile backbone and pyramid, in place: the names of the weights stay."
+    "torch.compile backbone, pyramid and towers, in place: the names of the weights stay."
     for m in (self.body, self.pyramid): m.compile(**options)
+    for m in self.head.children():                             # the levels have five sizes: one program for all of them
+        if isinstance(m, nn.Sequential): m.compile(dynamic=True, **options)
     return self
 
 # %% ../nbs/05_detector.ipynb #c077b

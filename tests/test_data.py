@@ -503,6 +503,15 @@ def test_workers_and_resume_change_nothing(source):
     here.set_epoch(6); assert not torch.equal(list(here)[0][0][0], a[0][0][0])
     assert len(here)==len(a)
 
+@pytest.mark.parametrize('shared', [True, False])
+def test_parcels_are_pinned_after_their_journey(monkeypatch, shared):
+    "`DataLoader` pins for a GPU alone; here a copy stands for page-locked memory."
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda x: x.clone())
+    batch = ([torch.rand(3, 5, 7), torch.rand(3, 4, 4)], [dict(boxes=torch.rand(2, 4)), dict(boxes=torch.zeros(0, 4))])
+    images, targets = pickle.loads(pickle.dumps(data.Parcel(batch, shared))).pin_memory().open()
+    for a, b in zip(batch[0], images, strict=True): assert torch.equal(a, b)
+    for a, b in zip(batch[1], targets, strict=True): assert torch.equal(a['boxes'], b['boxes'])
+
 @pytest.mark.parametrize('workers', [0,1])
 def test_a_damaged_image_is_one_line_from_any_process(tmp_path, workers):
     root = write_coco(tmp_path, coco_dict()); f = root/'train/1.png'; f.write_bytes(f.read_bytes()[:60])
