@@ -253,7 +253,7 @@ def test_a_step_of_training(key, precision, last):
     images, targets = there(images), there(targets)
     model = net(key, channels_last=last).to(DEVICE).train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
-    scaler = torch.amp.GradScaler(torch.device(DEVICE).type, enabled=dtype == torch.float16, init_scale=1.)
+    scaler = torch.amp.GradScaler(torch.device(DEVICE).type, enabled=dtype == torch.float16, init_scale=2.**8)
     for progress in (0., .9):
         with torch.autocast(torch.device(DEVICE).type, dtype, enabled=dtype is not None):
             losses = model(images, targets, progress)
