@@ -89,11 +89,11 @@ class Batch:
         return (self.cls + self.distances + (self.third if spec.third else [])
                 + [self.property_logits]*spec.property_branch + [self.pooled]*spec.pooled)
 
-    def predictions(self, spec:HeadSpec)->Predictions:
+    def predictions(self, spec:HeadSpec, **more)->Predictions: # more: see `from_maps`
         "What the head would hand to a method with this head sheet."
         return Predictions.from_maps(self.cls, self.distances, self.third if spec.third else None, self.strides,
             spec.offset, self.property_logits if spec.property_branch else None, self.pooled if spec.pooled else None,
-            made_up(self.distances, self.strides, spec.reads))
+            made_up(self.distances, self.strides, spec.reads), **more)
 
     def map(self, f, **more):
         "The batch with every output of the head through `f`; `more` are fields to change."

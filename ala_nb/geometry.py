@@ -34,13 +34,13 @@ def grid_points(
     device=None, dtype=torch.float32,
 ): # points (P, 2) x then y in px, and strides (P,) px; P = sum of H*W, row-major, level by level
     "The image points of every cell of every level."
-    points, per_point = [], []
+    cells, per_point = [], []
     for (h,w),s in zip(level_sizes, strides):
-        y = (torch.arange(h, device=device, dtype=dtype) + offset)*s
-        x = (torch.arange(w, device=device, dtype=dtype) + offset)*s
-        points.append(torch.stack([x.expand(h,w), y[:,None].expand(h,w)], -1).reshape(-1,2))
-        per_point.append(points[-1].new_full((h*w,), s))
-    return torch.cat(points), torch.cat(per_point)
+        y, x = torch.meshgrid(*(torch.arange(n, device=device, dtype=dtype) for n in (h,w)), indexing='ij')
+        cells.append(torch.stack([x, y], -1).reshape(-1,2))
+        per_point.append(cells[-1].new_full((h*w,), s))
+    per_point = torch.cat(per_point)
+    return (torch.cat(cells) + offset)*per_point[:,None], per_point
 
 # %% ../nbs/00_geometry.ipynb #c019
 def distances_to_boxes(

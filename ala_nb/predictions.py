@@ -12,7 +12,7 @@ from torch import Tensor
 from .geometry import InputError, grid_points
 
 # %% auto #0
-__all__ = ['Predictions', 'levels_from_points', 'read_grid', 'check_extras', 'full', 'planes', 'from_maps', 'starts',
+__all__ = ['Predictions', 'levels_from_points', 'read_grid', 'check_extras', 'full', 'planes', 'table', 'from_maps', 'starts',
            'level_table']
 
 # %% ../nbs/00b_predictions.ipynb #c004
@@ -94,6 +94,10 @@ def planes(maps:Sequence[Tensor])->Tensor:
     "(B, C, H, W) maps of few channels -> (B, C, P)."
     return torch.cat([m.flatten(2) for m in maps], 2)
 
+def table(blocks:Sequence[Tensor], class_first:Sequence[bool])->Tensor:
+    "Class blocks, (B, K, cells) or (B, cells, K), as one (B, P, K)."
+    return torch.cat([b.transpose(1,2) if f else b for b,f in zip(blocks, class_first)], 1)
+
 def from_maps(
     preds:Predictions,              # an empty one
     cls_maps:Sequence[Tensor],      # [(B, K, H, W), ...] class logits, finest level first
@@ -105,17 +109,20 @@ def from_maps(
     pooled:Tensor=None,             # (B, L, C)
     extras:dict=None,               # str -> [(B, C, H, W), ...] a map a level
     maps:dict=None,                 # str -> (B, C, H, W)
+    joined:bool=None,               # copy the class maps into one block? None: not on a CPU
 )->Predictions:
-    "`Predictions.from_maps`: predictions that keep the class maps as the head made them."
+    "`Predictions.from_maps`: predictions that keep the class maps as the head made them, or in one block."
     if not len(cls_maps) == len(distance_maps) == len(strides): raise InputError(f"maps: {len(cls_maps)} class maps, "
         f"{len(distance_maps)} distance maps and {len(strides)} strides; give one of each a level")
     sizes = [tuple(m.shape[2:]) for m in cls_maps]
     last = [not m.is_contiguous() and m.is_contiguous(memory_format=torch.channels_last) for m in cls_maps]
     blocks = [m.permute(0,2,3,1).flatten(1,2) if c else m.contiguous().flatten(2) for m,c in zip(cls_maps,last)]
-    dtype = torch.float32 if cls_maps[0].dtype in (torch.float16,torch.bfloat16) else cls_maps[0].dtype
-    grid = grid_points(sizes, strides, offset, cls_maps[0].device, dtype)
-    preds._set(blocks, [not c for c in last], (sizes, list(strides), offset), grid, property_logits, pooled, maps)
-    preds._cls, preds._distances = None, planes(distance_maps).transpose(1,2)
+    first, device, dtype = [not c for c in last], cls_maps[0].device, cls_maps[0].dtype
+    if joined is None: joined = device.type != 'cpu'
+    if joined: blocks, first = [table(blocks, first)], [False]
+    grid = grid_points(sizes, strides, offset, device, torch.float32 if dtype.itemsize == 2 else dtype)
+    preds._set(blocks, first, (sizes, list(strides), offset), grid, property_logits, pooled, maps)
+    preds._cls, preds._distances = blocks[0] if joined else None, planes(distance_maps).transpose(1,2)
     preds.obj_logits = None if obj_maps is None else planes(obj_maps)[:,0]
     flat = {k: planes(x).transpose(1,2) for k,x in (extras or {}).items()}
     preds.extras = check_extras(flat, (preds.n_images, preds.n_locations))
@@ -138,8 +145,7 @@ def cls_logits(self:Predictions)->Tensor:
     "(B, P, K); made from the maps when asked, with gradient."
     if self._cls is None:
         with torch.enable_grad():      # kept, so it must not depend on who asks first
-            flat = [b.transpose(1,2) if f else b for b,f in zip(self.cls_blocks, self.class_first)]
-            self._cls = torch.cat(flat, 1)
+            self._cls = table(self.cls_blocks, self.class_first)
     return self._cls
 
 @patch(as_prop=True)

@@ -5,6 +5,7 @@ from ala_nb import bench as B
 from ala_nb.geometry import centerness
 from ala_nb.methods import box_methods, build
 from ala_nb.pairs import Objects
+from ala_nb.predictions import Predictions, from_maps
 
 FORMS = dict(ala=[dict(variant='paper'), dict(one_to_one=True), dict(variant='paper', one_to_one=True)], atss=[dict(variant='released'), dict(variant='mmdet')],
              autoassign=[dict(variant='paper')], ciou_atss=[dict(variant='released')], dw=[dict(variant='paper')], o2f=[dict(variant='paper')],
@@ -133,6 +134,21 @@ def test_order_of_objects(name, options, kind, K, once):
     mixed = [{k: v[order] for k, v in t.items()} for t in b.targets for order in [torch.randperm(len(t['labels']))]]
     a, c = run(m, b), run(m, dataclasses.replace(b, targets=mixed))
     for k in a.losses: close(c.losses[k], a.losses[k], 1e-9, k)
+    same(slopes(c.total, inputs(m, b)), slopes(a.total, inputs(m, b)))
+
+def joined(monkeypatch):
+    "From here on, class maps become one block of all levels, as on a GPU."
+    make = classmethod(lambda cls, *maps, **more: from_maps(cls.__new__(cls), *maps, joined=True, **more))
+    monkeypatch.setattr(Predictions, 'from_maps', make)
+
+@kinds
+def test_one_block_of_all_levels(name, options, kind, monkeypatch):
+    "Class maps in one block change nothing: losses, pairs, weights, gradients."
+    b, m = draw(4, kind=kind), made(name, options)
+    a = run(m, b); joined(monkeypatch); c = run(m, b)
+    assert torch.equal(a.pairs.loc, c.pairs.loc) and torch.equal(a.pairs.obj, c.pairs.obj)
+    for k in a.losses: close(c.losses[k], a.losses[k], 1e-9, k)
+    for k in a.weights: close(c.weights[k], a.weights[k], 1e-9, k)
     same(slopes(c.total, inputs(m, b)), slopes(a.total, inputs(m, b)))
 
 @each

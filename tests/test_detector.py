@@ -5,8 +5,9 @@ from torch import nn
 from ala_nb import detector as D
 from ala_nb.detector import Detector, Head, HeadSpec, Method, Predictions, load_detector, save_weights
 from ala_nb.geometry import InputError, boxes_to_distances, grid_points, level_sizes
-from ala_nb.methods import Assignment, build
+from ala_nb.methods import Assignment, available, build
 from ala_nb.pairs import inside_pairs
+from test_contract import joined
 
 class Toy(Method):
     "Whatever head is asked for; a loss that reaches every output."
@@ -568,6 +569,28 @@ def test_loading_what_is_not_there(tmp_path):
     with pytest.raises(InputError, match='best.safetensors.*complete'): load_detector(tmp_path)
     save_weights(Detector('fcos', 'tiny', 4), tmp_path/'best.safetensors')
     with pytest.raises(InputError, match='num_classes 4'): load_detector(tmp_path)
+
+WHOLE = [(n, {}) for n in available()] + [('poto', dict(max_filter=True, aux='atss')), ('dw', dict(task_head=True)),
+                                         ('vfnet', dict(star_norm=True, pred_weight=1.))]
+
+@pytest.mark.parametrize('last', [False, True], ids=['plain', 'channels_last'])
+@pytest.mark.parametrize('name,options', WHOLE, ids=['-'.join([n, *map(str, o)]) for n, o in WHOLE])
+def test_one_block_of_all_levels(name, options, last, monkeypatch):
+    "A GPU's form of the class maps, here on a CPU: the same losses, gradients and detections."
+    torch.manual_seed(0)
+    model = loud(Detector(name, 'tiny', 3, method_options=options, channels=16, head_convs=1, channels_last=last).double())
+    images, targets = [torch.rand(3, 64, 96).double(), torch.rand(3, 50, 64).double()], [target((3, 4, 40, 44, 0)), target()]
+    for t, im in zip(targets, images): t['masks'] = torch.ones(len(t['labels']), *im.shape[1:], dtype=torch.bool)
+    def seen():
+        losses = model.train()(images, targets, .5); model.zero_grad(); sum(losses.values()).backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        with torch.no_grad(): return losses, grads, model.eval()(images)
+    (a, g, found), _ = seen(), joined(monkeypatch)
+    b, h, again = seen()
+    torch.testing.assert_close(dict(b), dict(a), rtol=1e-9, atol=1e-12); assert (g-h).abs().max() <= 1e-9*g.abs().max()
+    for x, y in zip(found, again, strict=True):
+        assert len(x['scores'])
+        for k in ('boxes', 'scores', 'labels'): torch.testing.assert_close(y[k], x[k], rtol=1e-9, atol=1e-9)
 
 @pytest.mark.cuda
 def test_on_a_gpu():
