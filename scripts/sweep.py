@@ -12,8 +12,8 @@
     python scripts/sweep.py heads_long --seeds 0 1 2     # VFNet's of them for three times as long
     python scripts/sweep.py heads_large --seeds 0 1 2    # VFNet's of them on objects of 32 px and more, twice as long
     python scripts/sweep.py heads_sgd --seeds 0 1 2      # VFNet's of them by SGD, for twice as long
+    python scripts/sweep.py heads_large_sgd --seeds 0 1 2 3 4  # by SGD on objects of 32 px and more, as long
     python scripts/sweep.py heads_sgd_long --seeds 0 1 2 # for four times as long
-    python scripts/sweep.py heads_resnet --seeds 0 1 2   # VFNet's of them on a ResNet-18, 256 px; for a GPU
     python scripts/sweep.py heads_full --seeds 0         # VFNet's of them as `python -m ala_nb.train` trains, in bfloat16
     python scripts/sweep.py bccd --data DIR --seeds 0    # every method on a real set, ResNet-18 from scratch
     python scripts/sweep.py bccd16 --data DIR --seeds 0  # the same with the network in bfloat16
@@ -61,7 +61,7 @@ TABLES = dict(
              + [('fcos', ''), ('fcos', 'ranges=None'), ('ciou_atss', ''), ('ciou_atss', 'anchor_weight=0')],
     bccd = ALL, bccd16 = ALL + [('ala', "parts='confidence'")])
 TABLES['short'] = TABLES['claims'] + [('ala', f"losses='HN' without_soft='{x}'") for x in ('silent', 'positive')]
-HEADS = [f'heads{x}' for x in ('_long', '_large', '_sgd', '_sgd_long', '_full', '_resnet')]
+HEADS = [f'heads{x}' for x in ('_long', '_large', '_sgd', '_sgd_long', '_large_sgd', '_full')]
 TABLES |= dict.fromkeys(HEADS, TABLES['heads'][3:5])
 TABLES['default'] = TABLES['default16'] = [('autoassign', '')]
 TABLES['tood'] = [('dw', ''), ('dw', 'task_head=True'), ('tood', '')]
@@ -79,15 +79,11 @@ SMALL = FLOAT32 + (
     "--detector_options channels=24 head_convs=1 backbone_options={'widths':(8,16,24,32,48)}").split()
 LARGE = [y for x in SMALL for y in (('sides=(32,.75)', 'objects=(1,3)') if x == 'objects=(1,6)' else (x,))]
 SGD = SMALL + '--optimizer sgd --lr 0.02 --weight_decay 1e-4'.split()
-RESNET = BF16[:2] + (
-    "--backbone resnet18 --train_images 3000 --val_images 500 --epochs 12 --batch_size 16 --optimizer sgd --lr 0.01 "
-    "--weight_decay 1e-4 --warmup 200 --eval_every 12 --eval_both true "
-    "--data_options image_size=256 sides=(16,.75)").split()
 # of each table; the others have `SMALL`
-BUDGETS = dict(default=FLOAT32, default16=BF16[:2], heads_full=BF16[:2], heads_resnet=RESNET,
-               methods=STANDARD, claims=SHORT, readings=SHORT,
+BUDGETS = dict(default=FLOAT32, default16=BF16[:2], heads_full=BF16[:2], methods=STANDARD, claims=SHORT, readings=SHORT,
                bccd=BCCD+FLOAT32, bccd16=BCCD+BF16, heads_long=SMALL+'--epochs 12 --eval_every 12'.split(),
                heads_large=LARGE+'--epochs 8 --eval_every 8'.split(),
+               heads_large_sgd=LARGE+SGD[len(SMALL):]+'--epochs 8 --eval_every 8'.split(),
                heads_sgd=SGD+'--epochs 8 --eval_every 8'.split(), heads_sgd_long=SGD+'--epochs 16 --eval_every 16'.split())
 FIELDS = 'method options seed AP AP50 AP75 AP_no_nms AP_nms map_iou seconds command versions'.split()
 
