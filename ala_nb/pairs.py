@@ -438,7 +438,7 @@ def gather(self:Pairs,
     x:Tensor, # (B, C, P)
 )->Tensor: # (C, E)
     "What stands in `x` at every pair's image and location, with gradient."
-    return torch.stack([plane.index_select(0, self.cell) for plane in x.transpose(0, 1).flatten(1)])
+    return x.transpose(0, 1).flatten(1).index_select(1, self.cell)
 
 @patch
 def distances(self:Pairs, preds:Predictions)->Tensor: # (E, 4) px
