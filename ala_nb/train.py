@@ -7,8 +7,8 @@ __all__ = ['FOLDER', 'GROUPS', 'KINDS', 'SHAPES_METHODS', 'NORMS', 'METRICS', 'M
            'LIVE', 'knob', 'DataKnobs', 'DetectorKnobs', 'BudgetKnobs', 'MachineKnobs', 'OutputKnobs', 'Config',
            'parse_bool', 'argument', 'make_parser', 'suggest', 'no_option', 'check_number', 'check_knob', 'as_options',
            'recipe', 'as_config', 'lr_factor', 'kind_of', 'param_groups', 'make_optimizer', 'update_ema', 'say', 'Run',
-           'with_objects', 'first', 'open_data', 'make_model', 'dry_run', 'model_of', 'keep_memory', 'set_up',
-           'fast_bf16', 'settle_precision', 'is_run', 'new_folder', 'take_folder', 'read_run', 'write_config',
+           'with_objects', 'first', 'loading', 'open_data', 'make_model', 'dry_run', 'model_of', 'keep_memory',
+           'set_up', 'fast_bf16', 'settle_precision', 'is_run', 'new_folder', 'take_folder', 'read_run', 'write_config',
            'made_of', 'absolute', 'sync_norms', 'make_run', 'save_run_weights', 'keep_weights', 'save_checkpoint',
            'check_made', 'check_numbers', 'check_optimizer', 'take_state', 'start', 'resume', 'go_on', 'NonFinite',
            'name_images', 'to_device', 'share', 'not_finite', 'check_finite', 'single_value', 'forward_backward',
@@ -49,8 +49,9 @@ class DataKnobs:
     photometric:bool    = knob(False, 'distort colours in training')
     filter_empty:bool   = knob(False, 'leave out training images without objects')
     group:bool          = knob(True, 'batch images of like aspect ratio')
-    workers:int         = knob(0, 'processes that load images, for each training process; 0 loads in the training '
-                                  'process', lo=0, hi=1024, live=True)
+    workers:int         = knob(-1, 'processes that load images, for each training process; 0 loads in the training '
+                                   'process; -1: 0 on a CPU and for shapes, with a GPU one a core, up to 8',
+                               lo=-1, hi=1024, live=True)
 
 # %% ../nbs/16_train.ipynb #24c8a79e
 @dataclass(frozen=True)
@@ -432,6 +433,13 @@ def first(ds, n:int):
                          empty=sum(not len(c) for c in crowd))
     return ds
 
+def loading(c:Config, device:torch.device) -> int:
+    "How many processes load images for this training process."
+    if c.workers >= 0: return c.workers
+    if device.type != 'cuda' or c.data == 'shapes': return 0                  # a CPU has no time to spare
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, min(8, cores//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+
 def open_data(c:Config, device:torch.device) -> tuple: # training set, validation set or None, training loader
     "The data of a run; refused if it cannot be trained on."
     change = train_transforms(c.size or None, c.max_size or None, c.flip, c.photometric, c.scales or None)
@@ -452,7 +460,8 @@ def open_data(c:Config, device:torch.device) -> tuple: # training set, validatio
     if val and getattr(val, 'notes', {}).get('unlabelled') and not with_objects(val, 1):
         raise InputError(f'--val_split {c.val_split}: is a list of {count_of(len(val), "image")} without annotations, '
                          'so nothing can be evaluated; name another split, or train without one: --eval_every 0')
-    return train, val, make_loader(train, c.batch_size, train=True, transforms=change, seed=c.seed, workers=c.workers,
+    return train, val, make_loader(train, c.batch_size, train=True, transforms=change, seed=c.seed,
+                                   workers=loading(c, device),
                                    group=c.group,
                                    only=with_objects(train, len(train)) if c.filter_empty else None, rank=rank(),
                                    world_size=world_size(),
@@ -853,7 +862,8 @@ def measured(run:Run, **how) -> dict: # `how`: see `predict_dataset`
     c = run.config
     found = predict_dataset(run.weights, run.val_set, eval_transforms(c.size or None, c.max_size or None),
                             batch_size=min(c.batch_size, 16),
-                            workers=c.workers, device=run.device, rank=rank(), world_size=world_size(), **how)
+                            workers=loading(c, run.device), device=run.device,
+                            rank=rank(), world_size=world_size(), **how)
     found = [r for part in everyone(found) for r in part]
     def numbers():
         truth = run.val_set.ground_truth(); m = evaluate_coco(truth, found)
@@ -925,6 +935,7 @@ def describe(run:Run) -> str:
     taken = len(run.train_set) if not c.filter_empty else int(run.loader.batch_sampler.taken.sum())
     where = f'on {run.device}' + f' in {world_size()} processes'*(world_size() > 1)
     if run.device.type == 'cpu': where += f', {c.threads} threads'
+    if load := loading(c, run.device): where += f', {count_of(load, "loading process")}'
     where += f', {c.amp}'*(c.amp != 'off') + ', channels last'*(c.channels_last == 'true')
     classes = f'{len(run.train_set.classes)} classes' + '; '*bool(counts) + counts
     return (f'{c.data}: {taken} images to train on{val}; {classes}\n'
