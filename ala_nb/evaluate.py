@@ -7,7 +7,7 @@ __all__ = ['REFERENCE_FPPI', 'METRICS', 'match_detections', 'precision_recall', 
            'evaluate_coco', 'coco_table', 'match_voc', 'evaluate_voc', 'miss_rate', 'jaccard_index',
            'evaluate_crowdhuman', 'rescale_boxes', 'detecting', 'draws_masks', 'with_masks', 'predict_dataset',
            'finite_outputs', 'source_results', 'write_voc_results', 'run_config', 'match_classes', 'pick_device',
-           'compute_metrics', 'metrics_text', 'add_inference', 'make_parser', 'run_sizes', 'check_inference',
+           'loading', 'compute_metrics', 'metrics_text', 'add_inference', 'make_parser', 'run_sizes', 'check_inference',
            'run_data', 'evaluate_run', 'main']
 
 # %% ../nbs/15_evaluate.ipynb #c002
@@ -468,6 +468,17 @@ def pick_device(
                          'always can') from None
     return torch.device(name)
 
+def loading(
+    workers:int,         # processes asked for; below 0: as the machine suits
+    device:torch.device, # where the network is
+    data:str,            # folder, or 'shapes'
+)->int:
+    "How many processes load images for this one: with a GPU one a core, up to 8; a CPU has no time to spare."
+    if workers >= 0: return workers
+    if device.type != 'cuda' or data == 'shapes': return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, min(8, cores//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+
 # %% ../nbs/15_evaluate.ipynb #c069
 METRICS = ('coco','voc','voc07','crowdhuman')
 
@@ -558,8 +569,8 @@ def make_parser():
         help='Soft-NMS: scores of overlapping boxes are lowered instead of the boxes dropped; take a low '
              '--score_threshold')
     g.add_argument('--soft_sigma', type=_number(float, 1e-6, 1e6), metavar='S', help='width of the gaussian [0.5]')
-    m.add_argument('--workers', type=_none_or_more, default=0, metavar='N',
-                   help='processes that load images [0: load in this one]')
+    m.add_argument('--workers', type=_none_or_more, default=-1, metavar='N',
+                   help='processes that load images, 0: load in this one [with a GPU and a folder one a core, up to 8]')
     e = p.add_argument_group('metrics')
     e.add_argument('--metrics', nargs='+', choices=METRICS, default=['coco'],
                    help='[coco]; voc07 is VOC with 11 points')
@@ -624,7 +635,7 @@ def evaluate_run(
     data_options=None,   # dict; None: the run's, if `data` is the run's
     size=None, max_size=None, # px; None: the run's
     checkpoint:str='best',    # or 'last'
-    device:str='auto', batch_size:int=8, workers:int=0,
+    device:str='auto', batch_size:int=8, workers:int=-1, # see `loading`
     metrics=('coco',), backend:str='faster', max_dets=(1,10,100), # see `compute_metrics`
     progress:bool=False,
     method=None,              # name or 'package.module:Class'; None: the run's
@@ -649,6 +660,7 @@ def evaluate_run(
         sizes, how['max_size'] = (None, None), sizes[1]; change = eval_transforms()
     if progress: print(report(ds, *sizes), flush=True)                          # also what it leaves out
     with finite_outputs(model):
+        workers = loading(workers, device, ds.name)
         results = predict_dataset(model, ds, change, batch_size, workers, device, progress, ids, **how)
     found = compute_metrics(truth, results, metrics, backend, max_dets)
     if voc_results: write_voc_results(voc_results, ds, results, dict(zip(ids, config['classes'])))

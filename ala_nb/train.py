@@ -7,8 +7,8 @@ __all__ = ['FOLDER', 'GROUPS', 'KINDS', 'SHAPES_METHODS', 'NORMS', 'METRICS', 'M
            'LIVE', 'knob', 'DataKnobs', 'DetectorKnobs', 'BudgetKnobs', 'MachineKnobs', 'OutputKnobs', 'Config',
            'parse_bool', 'argument', 'make_parser', 'suggest', 'no_option', 'check_number', 'check_knob', 'as_options',
            'recipe', 'as_config', 'lr_factor', 'kind_of', 'param_groups', 'make_optimizer', 'update_ema', 'say', 'Run',
-           'with_objects', 'first', 'loading', 'open_data', 'make_model', 'dry_run', 'model_of', 'keep_memory',
-           'set_up', 'fast_bf16', 'settle_precision', 'is_run', 'new_folder', 'take_folder', 'read_run', 'write_config',
+           'with_objects', 'first', 'open_data', 'make_model', 'dry_run', 'model_of', 'keep_memory', 'set_up',
+           'fast_bf16', 'settle_precision', 'is_run', 'new_folder', 'take_folder', 'read_run', 'write_config',
            'made_of', 'absolute', 'sync_norms', 'make_run', 'save_run_weights', 'keep_weights', 'save_checkpoint',
            'check_made', 'check_numbers', 'check_optimizer', 'take_state', 'start', 'resume', 'go_on', 'NonFinite',
            'name_images', 'to_device', 'share', 'not_finite', 'check_finite', 'single_value', 'forward_backward',
@@ -206,8 +206,8 @@ from .formats import roots
 from .data import (Items, LoaderDied, drawing, eval_transforms, load_dataset, make_loader, need_objects, opening,
     train_transforms)
 from .detector import Detector, load_detector, save_weights
-from .evaluate import (Parser, coco_table, evaluate_coco, nobody_reads, parse_pair, pick_device, predict_dataset,
-    underscored, with_masks)
+from .evaluate import (Parser, coco_table, evaluate_coco, loading, nobody_reads, parse_pair, pick_device,
+    predict_dataset, underscored, with_masks)
 from .processes import (anyone, average, everyone, first_does, hold, is_main, leave, parallel, rank,
     same_buffers, together, world_size)
 from .runs import (Interrupted, Stop, Table, brief, check_same, free_folder, leftovers, load_state, own_folder,
@@ -433,13 +433,6 @@ def first(ds, n:int):
                          empty=sum(not len(c) for c in crowd))
     return ds
 
-def loading(c:Config, device:torch.device) -> int:
-    "How many processes load images for this training process."
-    if c.workers >= 0: return c.workers
-    if device.type != 'cuda' or c.data == 'shapes': return 0                  # a CPU has no time to spare
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return max(1, min(8, cores//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
-
 def open_data(c:Config, device:torch.device) -> tuple: # training set, validation set or None, training loader
     "The data of a run; refused if it cannot be trained on."
     change = train_transforms(c.size or None, c.max_size or None, c.flip, c.photometric, c.scales or None)
@@ -461,7 +454,7 @@ def open_data(c:Config, device:torch.device) -> tuple: # training set, validatio
         raise InputError(f'--val_split {c.val_split}: is a list of {count_of(len(val), "image")} without annotations, '
                          'so nothing can be evaluated; name another split, or train without one: --eval_every 0')
     return train, val, make_loader(train, c.batch_size, train=True, transforms=change, seed=c.seed,
-                                   workers=loading(c, device),
+                                   workers=loading(c.workers, device, c.data),
                                    group=c.group,
                                    only=with_objects(train, len(train)) if c.filter_empty else None, rank=rank(),
                                    world_size=world_size(),
@@ -862,7 +855,7 @@ def measured(run:Run, **how) -> dict: # `how`: see `predict_dataset`
     c = run.config
     found = predict_dataset(run.weights, run.val_set, eval_transforms(c.size or None, c.max_size or None),
                             batch_size=min(c.batch_size, 16),
-                            workers=loading(c, run.device), device=run.device,
+                            workers=loading(c.workers, run.device, c.data), device=run.device,
                             rank=rank(), world_size=world_size(), **how)
     found = [r for part in everyone(found) for r in part]
     def numbers():
@@ -935,7 +928,7 @@ def describe(run:Run) -> str:
     taken = len(run.train_set) if not c.filter_empty else int(run.loader.batch_sampler.taken.sum())
     where = f'on {run.device}' + f' in {world_size()} processes'*(world_size() > 1)
     if run.device.type == 'cpu': where += f', {c.threads} threads'
-    if load := loading(c, run.device): where += f', {count_of(load, "loading process")}'
+    if load := loading(c.workers, run.device, c.data): where += f', {count_of(load, "loading process")}'
     where += f', {c.amp}'*(c.amp != 'off') + ', channels last'*(c.channels_last == 'true')
     classes = f'{len(run.train_set.classes)} classes' + '; '*bool(counts) + counts
     return (f'{c.data}: {taken} images to train on{val}; {classes}\n'

@@ -105,7 +105,7 @@ def test_knobs_train(knobs):
 def test_who_loads(monkeypatch, data, device, asked, processes, least, most):
     "With a GPU the cores have time to load a folder's images; the processes of a machine share them."
     monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
-    assert least <= T.loading(T.Config(data=data, workers=asked), torch.device(device)) <= most
+    assert least <= T.loading(asked, torch.device(device), data) <= most
 
 def test_workers_change_nothing():
     for n in 0, 2: T.train(T.recipe(**{**TINY, 'epochs':1}, workers=n, out=f'run{n}'), log=None)
