@@ -20,6 +20,7 @@ from test_train import environment, fails, rows, words
 
 DEVICE = os.environ.get('ALA_TEST_DEVICE', 'cuda')
 GPU = torch.device(DEVICE).type == 'cuda'
+if GPU and not torch.cuda.is_available(): pytest.skip('no GPU', allow_module_level=True)     # one line, not 1,500
 pytestmark = pytest.mark.cuda
 on_gpu = pytest.mark.skipif(not GPU, reason='needs a real GPU')
 
