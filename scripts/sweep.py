@@ -5,7 +5,7 @@
     python scripts/sweep.py default16 --seeds 0 1 2      # the same with the network in bfloat16
     python scripts/sweep.py claims   --seeds 0 1         # the papers' claims (ala_nb.tables), 6 epochs
     python scripts/sweep.py short    --seeds 0 1 2 3 4   # the same in a minute a run: a smaller network, an easier set
-    python scripts/sweep.py parts    --seeds 0 1 2       # AutoAssign's Tables 2 to 5, DW's 5: the minute's runs of `short`
+    python scripts/sweep.py parts    --seeds 0 1 2       # AutoAssign's Tables 2 to 5, DW's 5: as `short`
     python scripts/sweep.py tood     --seeds 0 1 2       # DW, DW on TOOD's head, TOOD: the minute's runs of `short`
     python scripts/sweep.py readings --seeds 0 1         # readings of ALA's equations, o2f's duplicates; 6 epochs
     python scripts/sweep.py one_to_one --seeds 0 1 2     # POTO with its parts, Hybrid-Epoch, o2f: short, too
@@ -65,8 +65,8 @@ TABLES['short'] = TABLES['claims'] + [('ala', f"losses='HN' without_soft='{x}'")
 HEADS = [f'heads{x}' for x in ('_long', '_large', '_sgd', '_sgd_long', '_large_sgd', '_full')]
 TABLES |= dict.fromkeys(HEADS, TABLES['heads'][3:5])
 TABLES['default'] = TABLES['default16'] = [('autoassign', '')]
-PARTS = dict(autoassign="centre='none' confidence='none' centre='fixed' centre='shared' confidence='cls' confidence='loc' "
-    "objectness='none' objectness='explicit'", dw="negative='none' negative='probability' negative='importance' "
+PARTS = dict(autoassign="centre='none' confidence='none' centre='fixed' centre='shared' confidence='cls' "
+    "confidence='loc' objectness='none' objectness='explicit'", dw="negative='none' negative='probability' negative='importance' "
     "negative='complement'", retina="third_branch='objectness'")
 TABLES['parts'] = [(m, o) for m,options in PARTS.items() for o in options.split()] + [
     (m, o) for m in ('fcos', 'atss') for o in ('', "third_branch='objectness'")]
