@@ -867,7 +867,7 @@ def save_coco(
     n:int=None,          # only the first n images
     quality:int=None,    # 1 ... 100: JPEG files of this quality in place of PNG
 ):
-    "Write a data set as pictures and COCO JSON: FOLDER/SPLIT/*.png and FOLDER/annotations/instances_SPLIT.json."
+    "Write a data set as COCO JSON: pictures in FOLDER/SPLIT/, FOLDER/annotations/instances_SPLIT.json."
     folder, gt = Path(folder), ds.ground_truth()
     n, how = len(ds) if n is None else n, {} if quality is None else dict(quality=quality)
     for d in (folder/ds.split, folder/'annotations'): d.mkdir(parents=True, exist_ok=True)
@@ -1063,7 +1063,7 @@ class Parcel:
         elif isinstance(self.block, np.ndarray): self.block = torch.from_numpy(self.block)
         return self
     def pin_memory(self)->'Parcel':
-        "The same in page-locked memory, which a GPU copies from by itself; `DataLoader` calls this."
+        "The same in page-locked memory: a GPU can copy from it while the program goes on. `DataLoader` calls this."
         self.arrive(); self.block = self.block.pin_memory()
         return self
     def open(self): return pickle.loads(self.head, buffers=self.arrive().rooms())

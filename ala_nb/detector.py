@@ -770,7 +770,7 @@ def top_scores(
     starts, k = preds.level_starts, preds.n_classes
     location = method.location_scores(preds)
     blocks = zip(preds.cls_blocks, preds.class_first)
-    if len(preds.cls_blocks) != len(preds.level_sizes):                  # made from flat tensors
+    if len(preds.cls_blocks) != len(preds.level_sizes):                  # one block of all levels
         blocks = ((preds.cls_logits[:,a:b], False) for a,b in zip(starts, starts[1:]))
     scores, labels, locs = [], [], []
     for (block,class_first),a,b in zip(blocks, starts, starts[1:]):
@@ -1402,9 +1402,9 @@ def detect(self:Detector,
 
 @patch
 def compile_network(self:Detector, **options):
-    "torch.compile backbone, pyramid and towers, in place: the names of the weights stay."
+    "torch.compile backbone, pyramid and the head's sequential parts, in place: the names of the weights stay."
     for m in (self.body, self.pyramid): m.compile(**options)
-    for m in self.head.children():                             # the levels have five sizes: one program for all of them
+    for m in self.head.children():                             # every level has its own size: one program for all
         if isinstance(m, nn.Sequential): m.compile(dynamic=True, **options)
     return self
 

@@ -570,7 +570,7 @@ def make_parser():
              '--score_threshold')
     g.add_argument('--soft_sigma', type=_number(float, 1e-6, 1e6), metavar='S', help='width of the gaussian [0.5]')
     m.add_argument('--workers', type=_none_or_more, default=-1, metavar='N',
-                   help='processes that load images, 0: load in this one [with a GPU and a folder one a core, up to 8]')
+                   help='processes that load images, 0: load in this one [with a GPU, for a folder: one a core, up to 8; else 0]')
     e = p.add_argument_group('metrics')
     e.add_argument('--metrics', nargs='+', choices=METRICS, default=['coco'],
                    help='[coco]; voc07 is VOC with 11 points')
@@ -660,7 +660,7 @@ def evaluate_run(
         sizes, how['max_size'] = (None, None), sizes[1]; change = eval_transforms()
     if progress: print(report(ds, *sizes), flush=True)                          # also what it leaves out
     with finite_outputs(model):
-        workers = loading(workers, device, ds.name)
+        workers = loading(workers, device, config.get('train', {}).get('data') if data is None else data)
         results = predict_dataset(model, ds, change, batch_size, workers, device, progress, ids, **how)
     found = compute_metrics(truth, results, metrics, backend, max_dets)
     if voc_results: write_voc_results(voc_results, ds, results, dict(zip(ids, config['classes'])))

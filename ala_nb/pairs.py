@@ -14,7 +14,7 @@ from .geometry import InputError, floored
 from .predictions import Predictions
 
 # %% auto #0
-__all__ = ['FAR', 'CHUNK', 'KEEP', 'Objects', 'check_shapes', 'check_finite', 'target_masks', 'Pairs', 'extreme',
+__all__ = ['FAR', 'CHUNK', 'KEEP', 'MATRIX', 'Objects', 'check_shapes', 'check_finite', 'target_masks', 'Pairs', 'extreme',
            'columns_between', 'rectangle_pairs', 'inside_pairs', 'center_pairs', 'nearest_on_axis', 'nearest_cells',
            'nearest_pairs', 'chunk_size']
 
@@ -455,6 +455,9 @@ def third(self:Pairs, preds:Predictions)->Tensor: # (E,)
 # %% ../nbs/01_pairs.ipynb #c065
 CHUNK = 1<<17, 1<<21 # pairs at a time on a CPU (temporaries stay near the cache) and elsewhere
 KEEP = 1<<22         # a longer list is computed again in the backward pass
+# entries of a P × G matrix at a time: 1 MB, which stays in a CPU's cache; many on a GPU, where each part costs the
+# start of its operations
+MATRIX = 1<<18, 1<<23
 
 def chunk_size(
     chunk, # the option: pairs at a time, or None for the default of `Pairs.chunks`

@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
 from .geometry import InputError, centerness, distance_iou
-from .pairs import Predictions, Objects, Pairs, nearest_pairs
+from .pairs import MATRIX, Predictions, Objects, Pairs, nearest_pairs
 from .losses import ClassTable, scores, log_joint, safe_log, negative_cost, obj_blocks, normalizer
 from .methods import TASK_HEAD, Method, HeadSpec, Assignment, choice, in_range
 from .detector import EXP_MAX, Level, Part, Plan, full, group_norm, precise, prior_bias, sample_planes
@@ -71,10 +71,11 @@ def best_pairs(
     k:int=13, # paper's m, locations an object
     alpha:float=1., beta:float=6., # paper's α and β
     inside_first:bool=False, # only among the locations inside the box
-    size:int=1<<18, # entries of the matrix at a time
+    size:int=None, # entries of the matrix at a time; None: `MATRIX`
 )->Pairs: # k an object (all, where there are fewer locations)
     "The locations of an image with the largest alignment for each object (TOOD, Section 3.2)."
     objects, n, xy = objects.to(preds.points), preds.n_locations, preds.points.t()[:,None]
+    if size is None: size = MATRIX[preds.device.type != 'cpu']
     k, step, chosen = min(k, n), max(size//n, 1), []
     if map_logits is None: map_logits = [None]*preds.n_images
     for i,(boxes,

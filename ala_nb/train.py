@@ -111,7 +111,8 @@ class MachineKnobs:
                                   'taken is stored)', lo=0, hi=1024, live=True)
     sync_bn:bool        = knob(False, 'batch normalisation over all GPUs of a training')
     seed:int            = knob(0, 'seed of initial weights, data order and augmentation', lo=0)
-    deterministic:bool  = knob(False, 'deterministic algorithms on the GPU too (slower; the CPU always is)')
+    deterministic:bool  = knob(False, 'deterministic algorithms on the GPU too (slower; the CPU always is; '
+                                      'what has none is refused, such as deformable convolutions)')
 
 # %% ../nbs/16_train.ipynb #c006_o
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np, pytest, torch
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT/'tests'/'golden'
-SKIP_FLAGS = 'notest', 'slow', 'cuda'  # tst_flags of settings.ini
+SKIP_FLAGS = 'notest', 'slow'  # tst_flags of settings.ini
 
 def golden_cases():
     "Names of the golden batches, for `pytest.mark.parametrize`."

@@ -138,8 +138,11 @@ def test_order_of_objects(name, options, kind, K, once):
 
 def joined(monkeypatch):
     "From here on, class maps become one block of all levels, as on a GPU."
-    make = classmethod(lambda cls, *maps, **more: from_maps(cls.__new__(cls), *maps, joined=True, **more))
-    monkeypatch.setattr(Predictions, 'from_maps', make)
+    def make(cls, *maps, **more):
+        preds = from_maps(cls.__new__(cls), *maps, joined=True, **more)
+        assert len(preds.cls_blocks) == 1 and len(preds.level_sizes) > 1
+        return preds
+    monkeypatch.setattr(Predictions, 'from_maps', classmethod(make))
 
 @kinds
 def test_one_block_of_all_levels(name, options, kind, monkeypatch):

@@ -506,10 +506,13 @@ def test_workers_and_resume_change_nothing(source):
 @pytest.mark.parametrize('shared', [True, False])
 def test_parcels_are_pinned_after_their_journey(monkeypatch, shared):
     "`DataLoader` pins for a GPU alone; here a copy stands for page-locked memory."
-    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda x: x.clone())
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda x: pinned.append(x.clone()) or pinned[-1])
     batch = ([torch.rand(3, 5, 7), torch.rand(3, 4, 4)], [dict(boxes=torch.rand(2, 4)), dict(boxes=torch.zeros(0, 4))])
     images, targets = pickle.loads(pickle.dumps(data.Parcel(batch, shared))).pin_memory().open()
-    for a, b in zip(batch[0], images, strict=True): assert torch.equal(a, b)
+    block, = pinned
+    for a, b in zip(batch[0], images, strict=True):
+        assert torch.equal(a, b) and b.untyped_storage().data_ptr() >= block.data_ptr()
     for a, b in zip(batch[1], targets, strict=True): assert torch.equal(a['boxes'], b['boxes'])
 
 @pytest.mark.parametrize('workers', [0,1])

@@ -581,7 +581,9 @@ def test_one_block_of_all_levels(name, options, last, monkeypatch):
     model = loud(Detector(name, 'tiny', 3, method_options=options, channels=16, head_convs=1, channels_last=last).double())
     images, targets = [torch.rand(3, 64, 96).double(), torch.rand(3, 50, 64).double()], [target((3, 4, 40, 44, 0)), target()]
     for t, im in zip(targets, images): t['masks'] = torch.ones(len(t['labels']), *im.shape[1:], dtype=torch.bool)
+    start = {k: v.clone() for k, v in model.state_dict().items()}
     def seen():
+        model.load_state_dict(start)                                     # running statistics too
         losses = model.train()(images, targets, .5); model.zero_grad(); sum(losses.values()).backward()
         grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         with torch.no_grad(): return losses, grads, model.eval()(images)
@@ -591,6 +593,7 @@ def test_one_block_of_all_levels(name, options, last, monkeypatch):
     for x, y in zip(found, again, strict=True):
         assert len(x['scores'])
         for k in ('boxes', 'scores', 'labels'): torch.testing.assert_close(y[k], x[k], rtol=1e-9, atol=1e-9)
+        if model.method.masks: assert x['masks'].any() and torch.equal(y['masks'], x['masks'])
 
 @pytest.mark.cuda
 def test_on_a_gpu():

@@ -104,7 +104,7 @@ def test_nothing_of_a_notebook_is_skipped_silently(path):
     nb = notebook(path)
     assert not re.search(r'^\s*skip_(exec|showdoc)\s*:\s*true', ''.join(nb['cells'][0]['source']), re.M | re.I)
     for src, _ in code_cells(path):
-        assert 'eval' not in flags(src), f'use `#| slow` or `#| cuda`, which can be asked for:\n{src}'
+        assert 'eval' not in flags(src), f'use `#| slow`, which can be asked for:\n{src}'
         unknown = flags(src) - DIRECTIVES
         assert not unknown, f'misspelt directive {unknown}'
     assert not (path.parent/'.notest').exists() and not path.name.startswith('_')
