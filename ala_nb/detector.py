@@ -213,9 +213,9 @@ class StagedBody(Body):
         wide = net.features[0][0].out_channels
         self.widths = wide, 2*wide, 4*wide, 8*wide
         self.norms = nn.ModuleList(nn.LayerNorm(w) for w in self.widths)
-        # ConvNeXt's biases start at 0: blank padding would have no variance, and its gradient no bounds
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d) and not m.bias.any(): nn.init.normal_(m.bias, std=.02)
+        if name.startswith('convnext'):  # with biases of 0, blank padding has no variance, and its gradient no bounds
+            for m in self.modules():
+                if isinstance(m, nn.Conv2d): nn.init.normal_(m.bias, std=.02)
         drops = [m for m in self.modules() if isinstance(m, StochasticDepth)]
         for i,m in enumerate(drops): m.p = in_range('drop_path', drop_path, 0, 1)*i/(len(drops)-1)
 

@@ -570,7 +570,7 @@ def make_parser():
              '--score_threshold')
     g.add_argument('--soft_sigma', type=_number(float, 1e-6, 1e6), metavar='S', help='width of the gaussian [0.5]')
     m.add_argument('--workers', type=_none_or_more, default=-1, metavar='N',
-                   help='processes that load images, 0: load in this one [with a GPU, for a folder: one a core, up to 8; else 0]')
+        help='processes that load images, 0: load in this one [with a GPU, for a folder: one a core, up to 8; else 0]')
     e = p.add_argument_group('metrics')
     e.add_argument('--metrics', nargs='+', choices=METRICS, default=['coco'],
                    help='[coco]; voc07 is VOC with 11 points')

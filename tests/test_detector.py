@@ -570,6 +570,15 @@ def test_loading_what_is_not_there(tmp_path):
     save_weights(Detector('fcos', 'tiny', 4), tmp_path/'best.safetensors')
     with pytest.raises(InputError, match='num_classes 4'): load_detector(tmp_path)
 
+@pytest.mark.parametrize('name', ['swin_t', 'convnext_tiny'])
+def test_blank_padding_has_a_gradient_of_usual_size(name):
+    "Pictures of two shapes: what is blank has no variance to be divided by."
+    torch.manual_seed(0)
+    model = Detector('fcos', name, 3, channels=16, head_convs=1).train()
+    images, targets = [torch.rand(3, 64, 96), torch.rand(3, 96, 64)], [target((3, 4, 40, 44, 0)), target()]
+    sum(model(images, targets, .5).values()).backward()
+    assert 0 < max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None) < 1e3
+
 WHOLE = [(n, {}) for n in available()] + [('poto', dict(max_filter=True, aux='atss')), ('dw', dict(task_head=True)),
                                          ('vfnet', dict(star_norm=True, pred_weight=1.))]
 
