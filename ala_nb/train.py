@@ -928,13 +928,13 @@ def describe(run:Run) -> str:
     counts = ', '.join(f'{v} {what[k]}' for k,v in run.train_set.report.items() if v and k in what)
     taken = len(run.train_set) if not c.filter_empty else int(run.loader.batch_sampler.taken.sum())
     where = f'on {run.device}' + f' in {world_size()} processes'*(world_size() > 1)
-    if run.device.type == 'cpu': where += f', {c.threads} threads'
+    if run.device.type == 'cpu': where += f', {count_of(c.threads, "thread")}'
     if load := loading(c.workers, run.device, c.data): where += f', {count_of(load, "loading process")}'
     where += f', {c.amp}'*(c.amp != 'off') + ', channels last'*(c.channels_last == 'true')
     classes = f'{len(run.train_set.classes)} classes' + '; '*bool(counts) + counts
     return (f'{c.data}: {taken} images to train on{val}; {classes}\n'
             f'{opening([run.train_set, run.val_set], min(c.scales, default=c.size), c.max_size)}'
-            f'{c.method} on {c.backbone}, {n/1e6:.2f} M parameters; {run.total} steps of '
+            f'{c.method} on {c.backbone}, {n/1e6:.2f} M parameters; {count_of(run.total, "step")} of '
             f'{c.batch_size*c.accumulate} images ({run.total/run.per_epoch:.3g} epochs) {where}\n'
             f'{"goes on at step " + str(run.step) + " in" if run.step else "writes"} {run.path}')
 
