@@ -1405,7 +1405,7 @@ def compile_network(self:Detector, **options):
     "torch.compile backbone, pyramid and the head's sequential parts, in place: the names of the weights stay."
     for m in (self.body, self.pyramid): m.compile(**options)
     for m in self.head.children():                             # every level has its own size: one program for all
-        if isinstance(m, nn.Sequential): m.compile(dynamic=True, **options)
+        if isinstance(m, nn.Sequential): m.compile(**{'dynamic': True, **options})
     return self
 
 # %% ../nbs/05_detector.ipynb #c077b

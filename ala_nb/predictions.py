@@ -12,8 +12,8 @@ from torch import Tensor
 from .geometry import InputError, grid_points
 
 # %% auto #0
-__all__ = ['Predictions', 'levels_from_points', 'read_grid', 'check_extras', 'full', 'planes', 'table', 'from_maps', 'starts',
-           'level_table']
+__all__ = ['Predictions', 'levels_from_points', 'read_grid', 'check_extras', 'full', 'planes', 'flat_table', 'from_maps',
+           'starts', 'level_table']
 
 # %% ../nbs/00b_predictions.ipynb #c004
 class Predictions:
@@ -94,7 +94,7 @@ def planes(maps:Sequence[Tensor])->Tensor:
     "(B, C, H, W) maps of few channels -> (B, C, P)."
     return torch.cat([m.flatten(2) for m in maps], 2)
 
-def table(blocks:Sequence[Tensor], class_first:Sequence[bool])->Tensor:
+def flat_table(blocks:Sequence[Tensor], class_first:Sequence[bool])->Tensor:
     "Class blocks, (B, K, cells) or (B, cells, K), as one (B, P, K)."
     return torch.cat([b.transpose(1,2) if f else b for b,f in zip(blocks, class_first)], 1)
 
@@ -119,7 +119,7 @@ def from_maps(
     blocks = [m.permute(0,2,3,1).flatten(1,2) if c else m.contiguous().flatten(2) for m,c in zip(cls_maps,last)]
     first, device, dtype = [not c for c in last], cls_maps[0].device, cls_maps[0].dtype
     if joined is None: joined = device.type != 'cpu'
-    if joined: blocks, first = [table(blocks, first)], [False]
+    if joined: blocks, first = [flat_table(blocks, first)], [False]
     grid = grid_points(sizes, strides, offset, device, torch.float32 if dtype.itemsize == 2 else dtype)
     preds._set(blocks, first, (sizes, list(strides), offset), grid, property_logits, pooled, maps)
     preds._cls, preds._distances = blocks[0] if joined else None, planes(distance_maps).transpose(1,2)
@@ -145,7 +145,7 @@ def cls_logits(self:Predictions)->Tensor:
     "(B, P, K); made from the maps when asked, with gradient."
     if self._cls is None:
         with torch.enable_grad():      # kept, so it must not depend on who asks first
-            self._cls = table(self.cls_blocks, self.class_first)
+            self._cls = flat_table(self.cls_blocks, self.class_first)
     return self._cls
 
 @patch(as_prop=True)

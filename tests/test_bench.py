@@ -239,7 +239,7 @@ def test_dense_term_compiles():
     if not any(map(shutil.which, filter(None, (os.environ.get('CXX'), 'g++', 'clang++')))): pytest.skip("torch's compiler needs a C++ compiler and there is none")
     compiled_dense(D.coco_like(2, 3, (32, 48), 5, strides=(8,)), True, 'inductor')
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.cuda
 def test_dense_term_never_waits_for_a_gpu():
     b = D.coco_like(2, 5, (96, 160), 4, device='cuda')
     preds, objects = b.predictions(HeadSpec(third='objectness')), Objects.from_targets(b.targets)
